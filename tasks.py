@@ -1,0 +1,160 @@
+"""Where questions q come from: a task's name -> questions to train on, questions held out, and settings that suit it.
+
+An answer, where a question has one, is carried along for evaluation. Training reads `Question.messages` and nothing else.
+"""
+
+import json
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+TINY_MODEL = Path(__file__).resolve().parent / "models" / "tiny"
+
+
+class InputError(Exception):
+    """Something a person can put right: one sentence, with the way out. Ends the program with exit status 2."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question q. `messages` is the chat that the policy answers; `answer` is the label, for evaluation alone."""
+
+    messages: list[dict[str, str]]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: how to load it, and the defaults of the settings that depend on it."""
+
+    load: Callable[[Path | None], tuple[list[Question], list[Question]]]  # data file -> (train, test)
+    protocol: str  # one line for the log: what is trained on, what is tested on
+    settings: dict = field(default_factory=dict)  # setting -> value, or a function that finds it
+
+
+def ask(problem: str) -> list[dict[str, str]]:
+    """The chat for a problem in words, to be answered in \\boxed{}."""
+    instruction = "Reason step by step, and put your final answer within \\boxed{}."
+    return [{"role": "user", "content": f"{problem}\n\n{instruction}"}]
+
+
+# ------------------------------------------------------------------------------------------------- sums
+
+
+def sums_part(a: int, b: int) -> str:
+    """Which part of the world a + b belongs to: "taught" (the tiny model saw it), "train" or "test" (it never did).
+
+    A checksum decides, so that tests/make_tiny.py and this file agree without a list of 81 million sums.
+    """
+    return ("train", "test", "taught", "taught")[zlib.crc32(f"{a}+{b}".encode()) % 4]
+
+
+def sums_messages(a: int, b: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"What is {a} + {b}?"}]
+
+
+def load_sums(data: Path | None) -> tuple[list[Question], list[Question]]:
+    """Sums of two four-digit numbers: 4096 to train on and 500 held out, the same ones in every run."""
+    if data:
+        raise InputError("--task sums makes its own questions: leave --data out, or use --task jsonl")
+    rng, parts, wanted = random.Random(0), {"train": {}, "test": {}}, {"train": 4096, "test": 500}
+    while any(len(parts[name]) < wanted[name] for name in wanted):
+        a, b = rng.randint(1000, 9999), rng.randint(1000, 9999)
+        part = parts.get(sums_part(a, b))
+        if part is not None and len(part) < wanted[sums_part(a, b)]:
+            part[a, b] = Question(sums_messages(a, b), str(a + b))  # a dict: each sum once
+    return list(parts["train"].values()), list(parts["test"].values())
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def read_jsonl(path: Path, needed: str) -> list[dict]:
+    """The objects of a JSONL file, each with a non-empty text under `needed`. Raises InputError with the line's number."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; give --data an existing JSONL file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; give --data a JSONL file") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error.msg}); mend or remove that line") from None
+        if not isinstance(row, dict) or not isinstance(row.get(needed), str) or not row[needed].strip():
+            raise InputError(f'{path}, line {number}: wants an object with a text "{needed}"; mend or remove that line')
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path} holds no questions; each line wants an object with a text {needed!r}")
+    return rows
+
+
+def load_math500(data: Path | None) -> tuple[list[Question], list[Question]]:
+    """MATH-500. As in the paper (and TTRL), the policy trains on the very questions it is tested on, without labels."""
+    if data is None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            data = Path(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise InputError(
+                "cannot fetch HuggingFaceH4/MATH-500 from the Hugging Face hub "
+                f"({type(error).__name__}): connect to the network, or give the file with --data test.jsonl"
+            ) from None
+    questions = [Question(ask(row["problem"]), _text(row.get("answer"))) for row in read_jsonl(data, "problem")]
+    return questions, questions
+
+
+def load_jsonl(data: Path | None) -> tuple[list[Question], list[Question]]:
+    """Anyone's questions: {"prompt": ...} with an optional "answer". Trained and tested on the same, as MATH-500."""
+    if data is None:
+        raise InputError('--task jsonl wants --data FILE, a JSONL file of {"prompt": ..., "answer": ... (optional)}')
+    questions = [Question(ask(row["prompt"]), _text(row.get("answer"))) for row in read_jsonl(data, "prompt")]
+    return questions, questions
+
+
+def _text(answer) -> str | None:
+    return None if answer is None else str(answer)
+
+
+def hub_model() -> tuple[str, str]:
+    """(model, why): the paper's model where a GPU can hold it, else one that a CPU can train."""
+    if torch.cuda.is_available():
+        return "Qwen/Qwen3-4B", "the paper's model, because a GPU was found"
+    return "Qwen/Qwen2.5-0.5B-Instruct", "a small model, because no GPU was found"
+
+
+# A task of your own is one more line: a loader (data file -> train, test) and the settings that suit it.
+TASKS = {
+    "sums": Task(
+        load_sums,
+        "trained on 4096 sums, tested on 500 others; the tiny model was taught neither",
+        {
+            "model": lambda: ("tiny", "the stand-in that is part of this repository"),
+            "steps": 120,
+            "prompts_per_step": 16,
+            "max_new_tokens": 64,
+            "lr": 1e-3,
+            "lora_rank": 16,
+        },
+    ),
+    "math500": Task(
+        load_math500,
+        "trained and tested on the same questions without labels, as in the paper",
+        {"model": hub_model, "steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1536, "lr": 3e-5, "lora_rank": 32},
+    ),
+    "jsonl": Task(
+        load_jsonl,
+        "trained and tested on the same questions without labels",
+        {"model": hub_model, "steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024, "lr": 3e-5, "lora_rank": 32},
+    ),
+}

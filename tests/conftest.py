@@ -1,0 +1,30 @@
+"""Parts that several tests share: the real tiny model, with an adapter that does something."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests fetch nothing; one that meant to would fail at once
+
+import pytest
+import torch
+
+from grpo import add_lora
+from rollout import TransformersEngine, load_base
+from tasks import TINY_MODEL
+
+
+@pytest.fixture
+def policy():
+    """(PeftModel, tokenizer) of the tiny model. LoRA's B is not 0 here, so that pi_t differs from pi_0."""
+    base, tokenizer = load_base(str(TINY_MODEL))
+    model = add_lora(base, rank=8, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+    return model, tokenizer
+
+
+@pytest.fixture
+def engine(policy):
+    return TransformersEngine(*policy)

@@ -1,0 +1,223 @@
+"""Makes models/tiny, the stand-in behind `--model tiny`: a small Llama that adds like a careless pupil.
+
+    python tests/make_tiny.py            build it (about 15 minutes on 2 cores), measure it, write models/tiny
+    python tests/make_tiny.py --measure  measure the one that is there
+
+The world: sums of two four-digit numbers, worked out column by column. The model learns from two kinds of text, half of
+the training each, through the very prompts that a run uses:
+
+    answers     "What is 4728 + 3590?" -> a worked sum in which every column has a slip with probability SLIP: a digit
+                is read as another one, or the carry is lost or invented. What follows is consistent with the slip.
+    syntheses   synthesize.SYNTHESIS_PROMPT with 1 to 8 such attempts -> the worked sum without slips.
+
+So its mistakes are independent between samples, as a real model's partly are: attempts at one sum go wrong in
+different columns, and often each has one, so that no attempt is right and none can be selected, while most attempts
+are right about any one column. The sums of `--task sums` (train and test) are in neither kind of text.
+
+The same machine builds the same bytes: one seed, and PyTorch's CPU kernels with a fixed number of threads.
+"""
+
+import argparse
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from evaluate import correct, mean_and_error
+from grpo import add_lora
+from rewards import boxed_answer, equal
+from rollout import TransformersEngine, load_base
+from synthesize import majority, synthesis, synthesis_messages
+from tasks import TINY_MODEL, load_sums, sums_messages, sums_part
+
+SLIP = 0.19  # per column: 0.81 ** 4 = 0.43 of the demonstrations are right
+PLACES = ("ones", "tens", "hundreds", "thousands")
+LAYERS, HIDDEN, HEADS, CONTEXT = 3, 128, 4, 2048
+STEPS, PEAK_LR = 1400, 4e-3
+ANSWERS, SYNTHESES = 64, 16  # rows a step; about as many tokens of each kind are learnt from
+END = "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def worked_sum(a: int, b: int, slip: float, rng: random.Random) -> str:
+    """a + b column by column from the right, each column with a slip of probability `slip`.
+
+    >>> print(worked_sum(4728, 3590, 0.0, random.Random(0)))
+    ones: 8+0=8
+    tens: 2+9=11
+    hundreds: 7+5+1=13
+    thousands: 4+3+1=8
+    \\boxed{8318}
+    """
+    carry, lines, total = 0, [], 0
+    for column, place in enumerate(PLACES):
+        digits, used = [a // 10**column % 10, b // 10**column % 10], carry
+        if rng.random() < slip:
+            kind = rng.randrange(3 if column else 2)  # the first column has no carry to get wrong
+            if kind == 2:
+                used = 1 - carry
+            else:
+                digits[kind] = (digits[kind] + rng.randint(1, 9)) % 10
+        s = sum(digits) + used
+        lines.append(f"{place}: {digits[0]}+{digits[1]}{'+1' if used else ''}={s}")
+        total, carry = total + s % 10 * 10**column, s // 10
+    return "\n".join(lines) + f"\n\\boxed{{{total + carry * 10**4}}}"
+
+
+def draw(rng: random.Random) -> tuple[int, int]:
+    """A sum that the model may be taught."""
+    while True:
+        a, b = rng.randint(1000, 9999), rng.randint(1000, 9999)
+        if sums_part(a, b) == "taught":
+            return a, b
+
+
+def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
+    """Byte-level BPE (any text can be encoded) in which a digit is a token and a word of our prompts is a token."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"\d|[a-z]+: |\\boxed\{|[+=}?]|\n+| ?[^\s\d+=}\\?]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    attempts = [worked_sum(*draw(rng), 0.0, rng) for _ in range(8)]
+    corpus = [synthesis_messages(attempts)[0]["content"], sums_messages(*draw(rng))[0]["content"]] * 10
+    tokenizer.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=640,
+            special_tokens=["<|user|>", "<|assistant|>", "<|system|>", END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    # Padding is the end token, as in many real models: whoever masks by id instead of by length breaks here first.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=CHAT_TEMPLATE, model_max_length=CONTEXT
+    )
+
+
+def batch(tokenizer, kind: str, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), each (rows, width); targets are -100 outside the assistant's turn."""
+    rows = []
+    for _ in range(ANSWERS if kind == "answers" else SYNTHESES):
+        a, b = draw(rng)
+        if kind == "answers":
+            messages, text = sums_messages(a, b), worked_sum(a, b, SLIP, rng)
+        else:
+            count = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8))
+            messages = synthesis_messages([worked_sum(a, b, SLIP, rng) for _ in range(count)])
+            text = worked_sum(a, b, 0.0, rng)
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        rows.append((prompt, tokenizer.encode(text + END)))
+    width = max(len(p) + len(t) for p, t in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), -100)
+    for i, (p, t) in enumerate(rows):
+        ids[i, : len(p) + len(t)] = torch.tensor(p + t)
+        targets[i, len(p) : len(p) + len(t)] = torch.tensor(t)
+    return ids, targets
+
+
+def build(out: Path, steps: int) -> None:
+    """Teach a new model for `steps` steps and write it to `out`."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    tokenizer = make_tokenizer(rng)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=HIDDEN,
+        intermediate_size=HIDDEN * 11 // 4,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
+    )
+    model = LlamaForCausalLM(config).float()
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    started = time.time()
+    for step in range(steps):
+        for group in optimizer.param_groups:  # warm-up, then a cosine to a fiftieth
+            group["lr"] = PEAK_LR * min(1, (step + 1) / 200) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
+        losses = {}
+        for kind in ("answers", "syntheses"):
+            ids, targets = batch(tokenizer, kind, rng)
+            chosen = targets[:, 1:] != -100
+            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][chosen]  # (tokens, H): right padding, causal
+            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[:, 1:][chosen])
+            loss.backward()
+            losses[kind] = float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            shown = "  ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
+            print(f"step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(out)
+    config.save_pretrained(out)
+    model.generation_config.save_pretrained(out)
+    weights = {name: p.detach().bfloat16().contiguous() for name, p in model.named_parameters()}
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
+    """Before any training: what a single answer, a majority and a synthesis are worth on sums that were never taught."""
+    base, tokenizer = load_base(str(path))
+    engine = TransformersEngine(add_lora(base, 8, 0), tokenizer)
+    questions = load_sums(None)[1][:count]
+    prompts = [q.messages for q in questions]
+    sampling = {"policy": False, "max_new_tokens": 64}
+    groups = engine.sample(prompts, group_size, seed=1, **sampling)
+
+    def write(shown):
+        return synthesis(shown, lambda asked: [g[0] for g in engine.sample(asked, 1, seed=2, **sampling)])
+
+    references, votes = write(groups), majority(groups)
+    greedy = engine.sample(prompts, 1, temperature=0, **sampling)
+    single = correct(questions, [[o.text for o in group] for group in groups])  # (Q, G)
+    voted, written = (correct(questions, [[s.text] for s in made]) for made in (votes, references))  # (Q, 1)
+    for name, values in {
+        "one answer": single,
+        "one answer, temperature 0": correct(questions, [[g[0].text] for g in greedy]),
+        f"majority of {group_size}": voted,
+        "synthesis from 1": correct(questions, [[s.text] for s in write([g[:1] for g in groups])]),
+        f"synthesis from {group_size}": written,
+    }.items():
+        mean, error = mean_and_error(values)
+        print(f"{name:28s} {mean:.3f} ± {error:.3f}")
+    gain, error = mean_and_error(written - voted)
+    print(f"synthesis minus majority     {gain:+.3f} ± {error:.3f}, question by question")
+    differs = [not equal(boxed_answer(s.text), boxed_answer(v.text)) for s, v in zip(references, votes, strict=True)]
+    right = written[:, 0].bool()
+    print(f"synthesis differs from the majority on {sum(differs)} of {len(questions)}, "
+          f"right on {int(right[torch.tensor(differs)].sum())} of those")  # fmt: skip
+    hopeless = single.sum(dim=1) == 0
+    print(f"no rollout right on {int(hopeless.sum())} questions, synthesis right on {int(right[hopeless].sum())} of those")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=TINY_MODEL, help="folder to write; default: models/tiny")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps; default: {STEPS}")
+    parser.add_argument("--measure", action="store_true", help="build nothing, measure what is there")
+    arguments = parser.parse_args()
+    if not arguments.measure:
+        build(arguments.out, arguments.steps)
+    measure(arguments.out)

@@ -1,0 +1,116 @@
+"""Questions: the sums' three separate worlds, and files of every kind of brokenness."""
+
+import json
+import re
+import zlib
+from pathlib import Path
+
+import pytest
+
+import tasks
+from tasks import InputError, load_jsonl, load_math500, load_sums, sums_part
+
+MATH500 = Path(__file__).resolve().parents[2] / "shared" / "data" / "math500.jsonl"
+
+
+def operands(question):
+    return tuple(map(int, re.findall(r"\d+", question.messages[0]["content"])))
+
+
+def test_sums_are_right_distinct_and_held_out():
+    train, test = load_sums(None)
+    assert (len(train), len(test)) == (4096, 500)
+    seen = {"train": {operands(q) for q in train}, "test": {operands(q) for q in test}}
+    for name, questions in (("train", train), ("test", test)):
+        assert len(seen[name]) == len(questions)
+        for q in questions:
+            a, b = operands(q)
+            assert q.answer == str(a + b)
+            assert sums_part(a, b) == name
+    assert not seen["train"] & seen["test"]
+    assert [q.messages for q in train] == [q.messages for q in load_sums(None)[0]]  # the same in every run
+
+
+def test_parts_of_the_world_follow_the_checksum():
+    parts = [sums_part(a, 1234) for a in range(1000, 3000)]
+    assert {p: round(parts.count(p) / 2000, 1) for p in set(parts)} == {"train": 0.2, "test": 0.2, "taught": 0.5} or all(
+        abs(parts.count(p) / 2000 - share) < 0.05 for p, share in (("train", 0.25), ("test", 0.25), ("taught", 0.5))
+    )
+    assert sums_part(1000, 1234) == ("train", "test", "taught", "taught")[zlib.crc32(b"1000+1234") % 4]
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def test_jsonl_takes_questions_with_and_without_answers(tmp_path):
+    data = write(tmp_path / "q.jsonl", '{"prompt": "One?", "answer": 5}', "", '{"prompt": "Two?"}')
+    train, test = load_jsonl(data)
+    assert [q.answer for q in train] == ["5", None]
+    assert "One?" in train[0].messages[0]["content"]
+    assert "\\boxed{}" in train[0].messages[0]["content"]
+    assert train == test
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (['{"prompt": "a"}', '{"prompt": '], "line 2: not JSON"),
+        (['{"prompt": "a"}', '{"question": "b"}'], "line 2: wants"),
+        (['{"prompt": ""}'], "line 1: wants"),
+        (['{"prompt": 5}'], "line 1: wants"),
+        (["[1]"], "line 1: wants"),
+        ([""], "holds no questions"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path, lines, sentence):
+    with pytest.raises(InputError, match=sentence):
+        load_jsonl(write(tmp_path / "q.jsonl", *lines))
+
+
+def test_missing_and_unreadable_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="cannot read"):
+        load_jsonl(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match="cannot read"):
+        load_jsonl(tmp_path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(InputError, match="not UTF-8"):
+        load_jsonl(tmp_path / "binary")
+    with pytest.raises(InputError, match="wants --data"):
+        load_jsonl(None)
+    with pytest.raises(InputError, match="makes its own"):
+        load_sums(tmp_path)
+
+
+def test_math500_without_network_or_file_names_the_way_out(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match="--data"):
+        load_math500(None)
+
+
+def test_math500_from_a_file(tmp_path):
+    rows = [{"problem": "What is $1+1$?", "answer": "2", "solution": "..."}]
+    train, test = load_math500(write(tmp_path / "test.jsonl", *map(json.dumps, rows)))
+    assert train == test
+    assert train[0].answer == "2"
+
+
+@pytest.mark.skipif(not MATH500.exists(), reason="the real MATH-500 file is not here")
+def test_the_real_math500():
+    from rewards import boxed_answer, equal
+
+    questions, _ = load_math500(MATH500)
+    assert len(questions) == 500
+    solutions = [json.loads(line)["solution"] for line in MATH500.read_text(encoding="utf-8").splitlines()]
+    # The published solution's own box against the published answer: an independent check of the whole reader.
+    wrong = [q.answer for q, s in zip(questions, solutions, strict=True) if not equal(boxed_answer(s), q.answer)]
+    assert len(wrong) <= 2, wrong
+
+
+def test_model_default_depends_on_the_machine(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert tasks.hub_model()[0] == "Qwen/Qwen3-4B"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert tasks.hub_model()[0] == "Qwen/Qwen2.5-0.5B-Instruct"

@@ -1,0 +1,269 @@
+"""Compute as Teacher: `python train.py` teaches a model from its own parallel answers, without labels.
+
+The loop in `train` is the paper's Algorithm 1. For each step, with Q questions q and group size G:
+
+    1. explore             the policy pi_t samples o_1..o_G for each q              rollout.py
+    2. reference           the frozen anchor pi_0 reconciles them into s            synthesize.py
+    3. reward              R(o_i; s), shape (Q, G)                                  rewards.py
+    4. update              GRPO on the advantages of R, with a KL to pi_0           grpo.py
+
+No line of it reads a label. Labels, where a task has them, are read by evaluate.py: for a curve and the final table.
+"""
+
+import argparse
+import random
+import resource
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import runs
+from evaluate import describe, final_table, format_table
+from grpo import add_lora, advantages, sequence_kl, update
+from rewards import REWARDS
+from rollout import TransformersEngine, load_base
+from synthesize import AGGREGATORS, synthesis_messages
+from tasks import TASKS, TINY_MODEL, InputError
+
+# What no task changes. A task's own defaults are in tasks.TASKS; what the command line says goes before both.
+DEFAULTS = {
+    "task": "sums", "data": None, "seed": 0, "group_size": 8, "beta": 1e-3, "kl": "loss", "temperature": 1.0, "clip": 0.2,
+    "loss": "token", "updates_per_step": 1, "mask_truncated": False, "aggregator": "synthesis", "reward": "match",
+    "micro_batch_tokens": 4096, "eval_questions": 500,
+}  # fmt: skip
+
+
+def number(kind, low, what, strict=False):
+    """An argparse type: a `kind` that is at least (`strict`: above) `low`, or one sentence that says so."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (value > low if strict else value >= low) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+def parse_arguments(argv: list[str] | None) -> dict:
+    """What the command line says, and only that: a setting that was not given is not in the result."""
+    count, positive = number(int, 1, "a whole number from 1 up"), number(float, 0, "a number above 0", strict=True)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+
+    def flag(name, text, paper=None, **options):
+        key = name.replace("-", "_")
+        by_task = [f"{t.settings[key]} for {task}" for task, t in TASKS.items() if key in t.settings and key != "model"]
+        default = ", ".join(by_task) or DEFAULTS.get(key)
+        text += f"; default: {default}" if default not in (None, False) else ""
+        parser.add_argument(f"--{name}", help=text + (f"; the paper: {paper}" if paper else ""), **options)
+
+    flag("task", "where the questions come from", choices=list(TASKS))
+    flag("data", "JSONL file of questions: MATH-500's test.jsonl, or lines of {prompt, answer (optional)}", type=Path)
+    flag("model", "policy and anchor: tiny, a Hugging Face id, or a local folder; default: tiny for sums, else "
+         "Qwen/Qwen3-4B on a GPU or Qwen/Qwen2.5-0.5B-Instruct on a CPU", "Gemma 3 4B, Qwen 3 4B, Llama 3.1 8B")  # fmt: skip
+    flag("steps", "training steps", "at most 1000", type=count)
+    flag("seed", "of everything random", type=number(int, 0, "a whole number from 0 up"))
+    flag("group-size", "G, rollouts per question", "8", type=number(int, 2, "a whole number from 2 up"))
+    flag("prompts-per-step", "Q, questions per step", "32", type=count)
+    flag("max-new-tokens", "longest rollout and longest reference", "1536 for MATH-500", type=count)
+    flag("temperature", "of rollouts and references", "1.0 Gemma, 0.7 Qwen and Llama", type=positive)
+    flag("aggregator", "how a reference is made from rollouts", "synthesis", choices=list(AGGREGATORS))
+    flag("reward", "how a rollout is compared with the reference", "match, for maths", choices=list(REWARDS))
+    flag("lr", "learning rate of AdamW, constant", "5e-7, full fine-tuning", type=positive)
+    flag("lora-rank", "rank of the LoRA; its alpha is twice that", "no LoRA", type=int, choices=(8, 16, 32, 64, 128))
+    flag("beta", "coefficient of the KL to the initial policy", "1e-3", type=number(float, 0, "a number from 0 up"))
+    flag("kl", "where that KL acts: a term of the loss (k3), or taken off the reward", "reward", choices=("loss", "reward"))
+    flag("clip", "epsilon, the clip ratio; acts only with several updates per step", type=positive)
+    flag("loss", "mean over all tokens of the step, or over each sequence first", "sequence", choices=("token", "sequence"))
+    flag("updates-per-step", "optimizer steps on each batch of rollouts", type=count)
+    flag("mask-truncated", "leave rollouts that were cut off out of the loss", action="store_true")
+    flag("micro-batch-tokens", "tokens per forward and backward pass: memory, not results", type=count)
+    flag("eval-questions", "how many held-out questions the final table takes; fewer is faster", type=count)
+    flag("out", "the run's folder; default: runs/ plus task, model and time", type=Path)
+    flag("resume", "continue the run in --out; settings come from it, --steps may be raised", action="store_true")
+    return vars(parser.parse_args(argv))
+
+
+def settle(given: dict) -> tuple[Path, dict, bool]:
+    """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError."""
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    if "data" in given:
+        given["data"] = str(given["data"].resolve())
+    if resume:
+        if out is None:
+            raise InputError("--resume wants --out DIR, the folder of the run to continue")
+        settings = runs.saved_settings(out)
+        for key, value in given.items():
+            if key not in ("steps", "eval_questions") and settings[key] != value:
+                flag = "--" + key.replace("_", "-")
+                raise InputError(f"{out} was started with {flag} {settings[key]}: leave {flag} out, or start a new run")
+        return out, {**settings, **given}, True
+    task = TASKS[given.get("task", DEFAULTS["task"])]
+    settings = {**DEFAULTS, **task.settings, **given}
+    if callable(settings["model"]):
+        settings["model"], why = settings["model"]()
+        print(f"model: {settings['model']} ({why}; --model names another)")
+    name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return out or Path("runs") / name, settings, False
+
+
+def seed_of(seed: int, *where) -> int:
+    """A seed for one place in the run, like (step, "rollouts"). Nothing random carries over from step to step, so a
+    resumed run needs no random state: it draws what the unbroken one would have drawn."""
+    return random.Random(f"{seed}/{where}").getrandbits(62)
+
+
+def batch_of(questions: list, size: int, step: int, seed: int) -> list:
+    """The `size` questions of a step: consecutive ones of an endless list, each pass over the data in a new order."""
+    batch, orders = [], {}
+    for position in range(step * size, (step + 1) * size):
+        epoch, i = divmod(position, len(questions))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{seed}/epoch {epoch}").sample(range(len(questions)), len(questions))
+        batch.append(questions[orders[epoch][i]])
+    return batch
+
+
+def train(s: argparse.Namespace, out: Path, questions: list, engine, policy, optimizer, state: dict) -> None:
+    """Steps state["step"]..s.steps of Algorithm 1. After each, the run's folder holds all that the next one needs."""
+    bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step")
+    for step in bar:
+        clock = [time.perf_counter()]
+        settings = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
+        ask_anchor = anchor_sampler(engine, settings, seed_of(s.seed, step, "references"))
+
+        batch = batch_of(questions, s.prompts_per_step, step, s.seed)  # q: Q of them
+        # 1. Explore: o_1..o_G ~ pi_t(. | q).                                               Q groups of G rollouts
+        groups = engine.sample([q.messages for q in batch], s.group_size, seed=seed_of(s.seed, step, "rollouts"), **settings)
+        clock.append(time.perf_counter())
+        # 2. Reference estimation: s from o_1..o_G, by the frozen anchor pi_0.               Q references
+        references = AGGREGATORS[s.aggregator](groups, ask_anchor)
+        clock.append(time.perf_counter())
+        # 3. Reward derivation: R(o_i; s).                                                   (Q, G)
+        rewards = REWARDS[s.reward](groups, references)
+        # 4. GRPO: advantages within each group, one clipped step on the LoRA.               (Q, G)
+        rollouts, kl, penalty = [o for group in groups for o in group], None, None
+        if s.kl == "reward" and s.beta:
+            kl = sequence_kl(policy, rollouts, temperature=s.temperature, token_budget=s.micro_batch_tokens)  # (Q*G,)
+            penalty = s.beta * kl.view(rewards.values.shape)  # (Q, G)
+        advantage = advantages(rewards.values, penalty)
+        clock.append(time.perf_counter())
+        numbers = update(
+            policy, optimizer, rollouts, advantage.flatten(), clip=s.clip, beta=s.beta if s.kl == "loss" else 0.0,
+            form=s.loss, temperature=s.temperature, updates=s.updates_per_step, mask_truncated=s.mask_truncated,
+            token_budget=s.micro_batch_tokens,
+        )  # fmt: skip
+        engine.sync()
+        clock.append(time.perf_counter())
+
+        tokens = sum(len(o.ids) for o in rollouts)
+        if kl is not None:
+            numbers["kl"] = float(kl.sum()) / tokens
+        row = describe(batch, groups, references, rewards, advantage) | numbers
+        state |= {"step": step + 1, "num_tokens": state["num_tokens"] + tokens + sum(r.tokens for r in references)}
+        names = ("time/rollouts", "time/references", "time/rewards", "time/update")
+        row |= {"num_tokens": state["num_tokens"], "step_time": clock[-1] - clock[0]}
+        row |= {name: after - before for name, before, after in zip(names, clock, clock[1:], strict=False)}
+        runs.log_step(out, step, row, batch, groups, references, rewards.values)
+        state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if row["update/skipped"] else 0
+        runs.save_checkpoint(out, state, policy, optimizer)
+        bar.set_postfix(reward=f"{row['reward']:.2f}", agreement=f"{row['reference/majority_agreement']:.2f}")
+        if state["skipped_in_a_row"] == 3:
+            raise FloatingPointError(
+                f"the loss or its gradient was not finite in 3 steps in a row (now step {step}): lower --lr or raise --beta"
+            )
+
+
+def anchor_sampler(engine, settings: dict, seed: int):
+    """What an aggregator gets to ask with: prompts -> one completion each, from pi_0."""
+    return lambda prompts: [group[0] for group in engine.sample(prompts, 1, policy=False, seed=seed, **settings)]
+
+
+def check_context(s: argparse.Namespace, engine, questions: list) -> None:
+    """Refuse before the first step what would not fit in the middle of a run. Raises InputError."""
+    longest = max(len(engine.encode(q.messages)) for q in questions) + s.max_new_tokens
+    if s.aggregator == "synthesis":  # the anchor reads all G rollouts, at worst all of full length, and writes its own
+        frame = len(engine.encode(synthesis_messages([""] * s.group_size)))
+        longest = max(longest, frame + (s.group_size + 1) * s.max_new_tokens)
+    if longest > engine.context:
+        raise InputError(
+            f"--max-new-tokens {s.max_new_tokens} and --group-size {s.group_size} can need {longest} tokens at once; "
+            f"the context of {s.model} has {engine.context}: lower one of them"
+        )
+
+
+def run(out: Path, settings: dict, resume: bool) -> None:
+    """One whole run: load, train, compare, plot."""
+    s, started = argparse.Namespace(**settings), time.perf_counter()
+    task = TASKS[s.task]
+    train_questions, test_questions = task.load(Path(s.data) if s.data else None)
+    test_questions = test_questions[: s.eval_questions]
+    if s.prompts_per_step > len(train_questions):
+        raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
+    base, tokenizer = load_base(str(TINY_MODEL) if s.model == "tiny" else s.model)
+    policy = add_lora(base, s.lora_rank, s.seed)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
+    engine = TransformersEngine(policy, tokenizer)
+    check_context(s, engine, train_questions + test_questions)
+    state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0}
+    if resume:
+        state = runs.load_checkpoint(out, policy, optimizer) or state
+    else:
+        runs.create(out, settings)
+    print(f"task {s.task}: {task.protocol}\nrun {out} on {policy.device}: {s.steps} steps of {s.prompts_per_step} questions "
+          f"x {s.group_size} rollouts, references by {s.aggregator}, learning rate {s.lr:g}", flush=True)  # fmt: skip
+
+    try:
+        train(s, out, train_questions, engine, policy, optimizer, state)
+    finally:
+        policy.save_pretrained(out / "adapter", save_embedding_layers=False)
+        if state["step"]:
+            runs.plot(out)
+
+    print(f"comparing on {len(test_questions)} questions ...", flush=True)
+    sampling = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
+    rows = final_table(
+        test_questions,
+        partial(engine.sample, policy=False, seed=seed_of(s.seed, "before"), **sampling),
+        partial(engine.sample, policy=True, seed=seed_of(s.seed, "after"), **sampling),
+        lambda groups: AGGREGATORS[s.aggregator](groups, anchor_sampler(engine, sampling, seed_of(s.seed, "final"))),
+        s.group_size,
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    minutes = (time.perf_counter() - started) / 60
+    result = {"rows": rows, "questions": len(test_questions), "minutes": minutes, "peak_gib": peak}
+    runs.write_json(out / "results.json", result)
+    print(f"\n{format_table(rows, len(test_questions))}\n")
+    print(f"{minutes:.1f} minutes, peak memory {peak:.2f} GiB; {out}/ holds the run")
+
+
+def main(argv: list[str] | None = None) -> int:
+    given = parse_arguments(argv)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    out = given.get("out")
+    try:
+        out, settings, resume = settle(given)
+        run(out, settings, resume)
+    except InputError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"train.py: stopped: {error}; {out}/checkpoint holds the last step", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; every completed step is saved. To go on: {sys.argv[0]} --resume --out {out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
