@@ -255,14 +255,17 @@ def update(
         elif cuts:
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # the gradients' memory is the sampler's until the next update
-    per_token = max(seen_tokens, 1)
+
+    def per_token(name: str) -> float | None:  # None, not 0, for what no token was there to measure
+        return sums[name] / seen_tokens if seen_tokens else None
+
     return {
         "loss": sums["loss"] / updates,
         "grad_norm": sums["grad_norm"] / updates,
-        "kl": sums["kl"] / per_token,
-        "entropy": sums["entropy"] / per_token,
-        "clip_ratio": sums["clip_ratio"] / per_token,
-        "sampling/logp_difference_mean": sums["difference"] * updates / per_token,
-        "sampling/logp_difference_max": largest_difference,
+        "kl": per_token("kl") if beta else None,
+        "entropy": per_token("entropy"),
+        "clip_ratio": per_token("clip_ratio"),
+        "sampling/logp_difference_mean": sums["difference"] * updates / seen_tokens if seen_tokens else None,
+        "sampling/logp_difference_max": largest_difference if seen_tokens else None,
         "update/skipped": skipped,
     }

@@ -1,6 +1,6 @@
 """Compute as Teacher: `python train.py` teaches a model from its own parallel answers, without labels.
 
-The loop in `train` is the paper's Algorithm 1. For each step, with Q questions q and group size G:
+`cat_step` is the paper's Algorithm 1. For each step, with Q questions q and group size G:
 
     1. explore             the policy pi_t samples o_1..o_G for each q              rollout.py
     2. reference           the frozen anchor pi_0 reconciles them into s            synthesize.py
@@ -102,9 +102,9 @@ def settle(given: dict) -> tuple[Path, dict, bool]:
             raise InputError("--resume wants --out DIR, the folder of the run to continue")
         settings = runs.saved_settings(out)
         for key, value in given.items():
-            if key not in ("steps", "eval_questions") and settings[key] != value:
+            if key not in ("steps", "eval_questions") and settings.get(key) != value:
                 flag = "--" + key.replace("_", "-")
-                raise InputError(f"{out} was started with {flag} {settings[key]}: leave {flag} out, or start a new run")
+                raise InputError(f"{out} was started with {flag} {settings.get(key)}: leave {flag} out, or start a new run")
         return out, {**settings, **given}, True
     task = TASKS[given.get("task", DEFAULTS["task"])]
     settings = {**DEFAULTS, **task.settings, **given}
@@ -132,50 +132,59 @@ def batch_of(questions: list, size: int, step: int, seed: int) -> list:
     return batch
 
 
+def cat_step(s: argparse.Namespace, step: int, batch: list, engine, policy, optimizer):
+    """One step of Algorithm 1 on Q questions: (groups, references, rewards, what happened in numbers)."""
+    sampling = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
+    clock = [time.perf_counter()]
+
+    # 1. Explore: o_1..o_G ~ pi_t(. | q) for each q.                                         Q groups of G rollouts
+    groups = engine.sample([q.messages for q in batch], s.group_size, seed=seed_of(s.seed, step, "rollouts"), **sampling)
+    clock.append(time.perf_counter())
+
+    # 2. Reference estimation: s from o_1..o_G, by the frozen anchor pi_0.                   Q references
+    ask_anchor = anchor_sampler(engine, sampling, seed_of(s.seed, step, "references"))
+    references = AGGREGATORS[s.aggregator](groups, ask_anchor)
+    clock.append(time.perf_counter())
+
+    # 3. Reward derivation: R(o_i; s).                                                       (Q, G)
+    rewards = REWARDS[s.reward](groups, references)
+    rollouts, kl = [o for group in groups for o in group], None
+    if s.kl == "reward" and s.beta:  # R - beta KL, the paper's setting; the default has the KL in the loss
+        kl = sequence_kl(policy, rollouts, temperature=s.temperature, token_budget=s.micro_batch_tokens)  # (Q*G,)
+    penalty = None if kl is None else s.beta * kl.view(rewards.values.shape)  # (Q, G)
+    advantage = advantages(rewards.values, penalty)  # (Q, G)
+    clock.append(time.perf_counter())
+
+    # 4. GRPO: one clipped step on the LoRA; from here on the engine samples from the new pi_t.
+    numbers = update(
+        policy, optimizer, rollouts, advantage.flatten(), clip=s.clip, beta=s.beta if s.kl == "loss" else 0.0,
+        form=s.loss, temperature=s.temperature, updates=s.updates_per_step, mask_truncated=s.mask_truncated,
+        token_budget=s.micro_batch_tokens,
+    )  # fmt: skip
+    engine.sync()
+    clock.append(time.perf_counter())
+
+    if kl is not None:
+        numbers["kl"] = float(kl.sum()) / sum(len(o.ids) for o in rollouts)
+    numbers = describe(batch, groups, references, rewards, advantage) | numbers | {"step_time": clock[-1] - clock[0]}
+    phases = ("time/rollouts", "time/references", "time/rewards", "time/update")
+    numbers |= {name: clock[i + 1] - clock[i] for i, name in enumerate(phases)}
+    return groups, references, rewards, numbers
+
+
 def train(s: argparse.Namespace, out: Path, questions: list, engine, policy, optimizer, state: dict) -> None:
-    """Steps state["step"]..s.steps of Algorithm 1. After each, the run's folder holds all that the next one needs."""
+    """Steps state["step"]..s.steps. After each, the run's folder holds all that the next one needs."""
     bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step")
     for step in bar:
-        clock = [time.perf_counter()]
-        settings = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
-        ask_anchor = anchor_sampler(engine, settings, seed_of(s.seed, step, "references"))
-
-        batch = batch_of(questions, s.prompts_per_step, step, s.seed)  # q: Q of them
-        # 1. Explore: o_1..o_G ~ pi_t(. | q).                                               Q groups of G rollouts
-        groups = engine.sample([q.messages for q in batch], s.group_size, seed=seed_of(s.seed, step, "rollouts"), **settings)
-        clock.append(time.perf_counter())
-        # 2. Reference estimation: s from o_1..o_G, by the frozen anchor pi_0.               Q references
-        references = AGGREGATORS[s.aggregator](groups, ask_anchor)
-        clock.append(time.perf_counter())
-        # 3. Reward derivation: R(o_i; s).                                                   (Q, G)
-        rewards = REWARDS[s.reward](groups, references)
-        # 4. GRPO: advantages within each group, one clipped step on the LoRA.               (Q, G)
-        rollouts, kl, penalty = [o for group in groups for o in group], None, None
-        if s.kl == "reward" and s.beta:
-            kl = sequence_kl(policy, rollouts, temperature=s.temperature, token_budget=s.micro_batch_tokens)  # (Q*G,)
-            penalty = s.beta * kl.view(rewards.values.shape)  # (Q, G)
-        advantage = advantages(rewards.values, penalty)
-        clock.append(time.perf_counter())
-        numbers = update(
-            policy, optimizer, rollouts, advantage.flatten(), clip=s.clip, beta=s.beta if s.kl == "loss" else 0.0,
-            form=s.loss, temperature=s.temperature, updates=s.updates_per_step, mask_truncated=s.mask_truncated,
-            token_budget=s.micro_batch_tokens,
-        )  # fmt: skip
-        engine.sync()
-        clock.append(time.perf_counter())
-
-        tokens = sum(len(o.ids) for o in rollouts)
-        if kl is not None:
-            numbers["kl"] = float(kl.sum()) / tokens
-        row = describe(batch, groups, references, rewards, advantage) | numbers
-        state |= {"step": step + 1, "num_tokens": state["num_tokens"] + tokens + sum(r.tokens for r in references)}
-        names = ("time/rollouts", "time/references", "time/rewards", "time/update")
-        row |= {"num_tokens": state["num_tokens"], "step_time": clock[-1] - clock[0]}
-        row |= {name: after - before for name, before, after in zip(names, clock, clock[1:], strict=False)}
-        runs.log_step(out, step, row, batch, groups, references, rewards.values)
-        state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if row["update/skipped"] else 0
+        batch = batch_of(questions, s.prompts_per_step, step, s.seed)
+        groups, references, rewards, numbers = cat_step(s, step, batch, engine, policy, optimizer)
+        state["step"] = step + 1
+        state["num_tokens"] += sum(len(o.ids) for group in groups for o in group) + sum(r.tokens for r in references)
+        state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if numbers["update/skipped"] else 0
+        numbers["num_tokens"] = state["num_tokens"]
+        runs.log_step(out, step, numbers, batch, groups, references, rewards.values)
         runs.save_checkpoint(out, state, policy, optimizer)
-        bar.set_postfix(reward=f"{row['reward']:.2f}", agreement=f"{row['reference/majority_agreement']:.2f}")
+        bar.set_postfix(reward=f"{numbers['reward']:.2f}", agreement=f"{numbers['reference/majority_agreement']:.2f}")
         if state["skipped_in_a_row"] == 3:
             raise FloatingPointError(
                 f"the loss or its gradient was not finite in 3 steps in a row (now step {step}): lower --lr or raise --beta"
@@ -223,9 +232,9 @@ def run(out: Path, settings: dict, resume: bool) -> None:
 
     try:
         train(s, out, train_questions, engine, policy, optimizer, state)
-    finally:
-        policy.save_pretrained(out / "adapter", save_embedding_layers=False)
-        if state["step"]:
+    finally:  # also after Ctrl-C, perhaps in the middle of an update: what is kept is the last completed step
+        if runs.load_checkpoint(out, policy, optimizer):
+            policy.save_pretrained(out / "adapter", save_embedding_layers=False)
             runs.plot(out)
 
     print(f"comparing on {len(test_questions)} questions ...", flush=True)

@@ -1,6 +1,6 @@
 """Makes models/tiny, the stand-in behind `--model tiny`: a small Llama that adds like a careless pupil.
 
-    python tests/make_tiny.py            build it (about 15 minutes on 2 cores), measure it, write models/tiny
+    python tests/make_tiny.py            build it (about 30 minutes on 2 cores), measure it, write models/tiny
     python tests/make_tiny.py --measure  measure the one that is there
 
 The world: sums of two four-digit numbers, worked out column by column. The model learns from two kinds of text, half of
@@ -18,7 +18,6 @@ The same machine builds the same bytes: one seed, and PyTorch's CPU kernels with
 """
 
 import argparse
-import math
 import random
 import sys
 import time
@@ -40,8 +39,10 @@ from tasks import TINY_MODEL, load_sums, sums_messages, sums_part
 SLIP = 0.19  # per column: 0.81 ** 4 = 0.43 of the demonstrations are right
 PLACES = ("ones", "tens", "hundreds", "thousands")
 LAYERS, HIDDEN, HEADS, CONTEXT = 3, 128, 4, 2048
-STEPS, PEAK_LR = 1400, 4e-3
-ANSWERS, SYNTHESES = 64, 16  # rows a step; about as many tokens of each kind are learnt from
+PEAK_LR = 4e-3
+ANSWERS, ATTEMPTS = 48, 144  # a step's rows of answers; attempts shown in its syntheses, 144 / 8 = 18 rows of eight
+STEPS = (1600, 800)  # of the two stages: the task and copying; then weighing eight attempts against each other
+HARD_SLIP = 0.3  # of the attempts in the second stage's syntheses: who trusts one attempt is wrong more often
 END = "<|end|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -107,16 +108,16 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     )
 
 
-def batch(tokenizer, kind: str, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, targets), each (rows, width); targets are -100 outside the assistant's turn."""
+def batch(tokenizer, count: int, slip: float, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets), each (rows, width): answers where `count` is 0, else syntheses of `count` attempts each. Targets
+    are -100 outside the assistant's turn."""
     rows = []
-    for _ in range(ANSWERS if kind == "answers" else SYNTHESES):
+    for _ in range(ATTEMPTS // count if count else ANSWERS):
         a, b = draw(rng)
-        if kind == "answers":
-            messages, text = sums_messages(a, b), worked_sum(a, b, SLIP, rng)
+        if not count:
+            messages, text = sums_messages(a, b), worked_sum(a, b, slip, rng)
         else:
-            count = rng.choice((1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8))
-            messages = synthesis_messages([worked_sum(a, b, SLIP, rng) for _ in range(count)])
+            messages = synthesis_messages([worked_sum(a, b, slip, rng) for _ in range(count)])
             text = worked_sum(a, b, 0.0, rng)
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
         rows.append((prompt, tokenizer.encode(text + END)))
@@ -129,9 +130,39 @@ def batch(tokenizer, kind: str, rng: random.Random) -> tuple[torch.Tensor, torch
     return ids, targets
 
 
-def build(out: Path, steps: int) -> None:
-    """Teach a new model for `steps` steps and write it to `out`."""
+def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
+    """One stage: every step learns from a batch of answers and a batch of syntheses, half of the loss each."""
+    peak = PEAK_LR / (1 + stage)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    started = time.time()
+    for step in range(steps):
+        for group in optimizer.param_groups:  # warm-up, constant, and down to 0 over the last third
+            group["lr"] = peak * min(1, (step + 1) / 200, 3 * (1 - step / steps))
+        if stage == 0:  # few attempts first: copying one is the first thing to learn, and short texts teach it fastest
+            most = 1 + min(7, 10 * step // steps)
+            count, slip = rng.randint(1, most) if step % 2 else most, SLIP
+        else:
+            count, slip = 8 if step % 4 else rng.randint(1, 8), HARD_SLIP
+        losses = {}
+        for kind, shown in (("answers", (0, SLIP)), (f"syntheses of {count}", (count, slip))):
+            ids, targets = batch(tokenizer, *shown, rng)
+            chosen = targets[:, 1:] != -100
+            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][chosen]  # (tokens, H): right padding, causal
+            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[:, 1:][chosen])
+            loss.backward()
+            losses[kind] = loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            shown = "  ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
+            print(f"stage {stage}  step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}", flush=True)
+
+
+def build(out: Path, steps: tuple[int, int]) -> None:
+    """Teach a new model, `steps` steps in each stage, and write it to `out`."""
     torch.manual_seed(0)
+    torch.set_num_threads(2)  # sums are split among threads: another number of them gives other last bits
     rng = random.Random(0)
     tokenizer = make_tokenizer(rng)
     config = LlamaConfig(
@@ -150,25 +181,9 @@ def build(out: Path, steps: int) -> None:
     )
     model = LlamaForCausalLM(config).float()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    started = time.time()
-    for step in range(steps):
-        for group in optimizer.param_groups:  # warm-up, then a cosine to a fiftieth
-            group["lr"] = PEAK_LR * min(1, (step + 1) / 200) * (0.51 + 0.49 * math.cos(math.pi * step / steps))
-        losses = {}
-        for kind in ("answers", "syntheses"):
-            ids, targets = batch(tokenizer, kind, rng)
-            chosen = targets[:, 1:] != -100
-            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][chosen]  # (tokens, H): right padding, causal
-            loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[:, 1:][chosen])
-            loss.backward()
-            losses[kind] = float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % 100 == 0 or step == steps - 1:
-            shown = "  ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
-            print(f"step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}", flush=True)
+    teach(model, tokenizer, 0, steps[0], rng)
+    model.bfloat16().float()  # the precision it is saved in: the second stage can start from a saved first one
+    teach(model, tokenizer, 1, steps[1], random.Random(1))
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     config.save_pretrained(out)
@@ -215,7 +230,7 @@ def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=TINY_MODEL, help="folder to write; default: models/tiny")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps; default: {STEPS}")
+    parser.add_argument("--steps", type=int, nargs=2, default=STEPS, help=f"steps of the two stages; default: {STEPS}")
     parser.add_argument("--measure", action="store_true", help="build nothing, measure what is there")
     arguments = parser.parse_args()
     if not arguments.measure:

@@ -63,7 +63,7 @@ def test_it_learnt_imperfectly(policy):
 
 def test_building_twice_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        make_tiny.build(tmp_path / name, steps=2)
+        make_tiny.build(tmp_path / name, steps=(2, 2))
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert "model.safetensors" in files
     for name in files:
