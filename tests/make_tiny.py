@@ -6,7 +6,7 @@
 The world: sums of two four-digit numbers, worked out column by column. The model learns from two kinds of text, half of
 the training each, through the very prompts that a run uses:
 
-    answers     "What is 4728 + 3590?" -> a worked sum in which every column has a slip with probability SLIP: a digit
+    answers     "What is 4728 + 3590?" -> a worked sum in which every column has a slip with probability 0.2: a digit
                 is read as another one, or the carry is lost or invented. What follows is consistent with the slip.
     syntheses   synthesize.SYNTHESIS_PROMPT with 1 to 8 such attempts -> the worked sum without slips.
 
@@ -21,6 +21,7 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -36,13 +37,15 @@ from rollout import TransformersEngine, load_base
 from synthesize import majority, synthesis, synthesis_messages
 from tasks import TINY_MODEL, load_sums, sums_messages, sums_part
 
-SLIP = 0.19  # per column: 0.81 ** 4 = 0.43 of the demonstrations are right
 PLACES = ("ones", "tens", "hundreds", "thousands")
 LAYERS, HIDDEN, HEADS, CONTEXT = 3, 128, 4, 2048
-PEAK_LR = 4e-3
 ANSWERS, ATTEMPTS = 48, 144  # a step's rows of answers; attempts shown in its syntheses, 144 / 8 = 18 rows of eight
-STEPS = (1600, 800)  # of the two stages: the task and copying; then weighing eight attempts against each other
-HARD_SLIP = 0.3  # of the attempts in the second stage's syntheses: who trusts one attempt is wrong more often
+STAGES = (
+    # steps, peak learning rate, slips per column in answers, and in the attempts shown to a synthesis
+    (1600, 4e-3, 0.19, 0.19),  # the task, and copying: few attempts first, up to eight at the end
+    (800, 2e-3, 0.19, 0.30),  # weighing eight attempts: who trusts a single one of these is wrong often
+    (1000, 2e-3, 0.21, 0.30),  # once more; 0.79 ** 4 = 0.39 of these answers are right
+)
 END = "<|end|>"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -132,7 +135,7 @@ def batch(tokenizer, count: int, slip: float, rng: random.Random) -> tuple[torch
 
 def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
     """One stage: every step learns from a batch of answers and a batch of syntheses, half of the loss each."""
-    peak = PEAK_LR / (1 + stage)
+    _, peak, answer_slip, attempt_slip = STAGES[stage]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     started = time.time()
     for step in range(steps):
@@ -140,11 +143,11 @@ def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
             group["lr"] = peak * min(1, (step + 1) / 200, 3 * (1 - step / steps))
         if stage == 0:  # few attempts first: copying one is the first thing to learn, and short texts teach it fastest
             most = 1 + min(7, 10 * step // steps)
-            count, slip = rng.randint(1, most) if step % 2 else most, SLIP
+            count = rng.randint(1, most) if step % 2 else most
         else:
-            count, slip = 8 if step % 4 else rng.randint(1, 8), HARD_SLIP
+            count = 8 if step % 4 else rng.randint(1, 8)
         losses = {}
-        for kind, shown in (("answers", (0, SLIP)), (f"syntheses of {count}", (count, slip))):
+        for kind, shown in (("answers", (0, answer_slip)), (f"syntheses of {count}", (count, attempt_slip))):
             ids, targets = batch(tokenizer, *shown, rng)
             chosen = targets[:, 1:] != -100
             hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][chosen]  # (tokens, H): right padding, causal
@@ -159,7 +162,7 @@ def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
             print(f"stage {stage}  step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}", flush=True)
 
 
-def build(out: Path, steps: tuple[int, int]) -> None:
+def build(out: Path, steps: Sequence[int]) -> None:
     """Teach a new model, `steps` steps in each stage, and write it to `out`."""
     torch.manual_seed(0)
     torch.set_num_threads(2)  # sums are split among threads: another number of them gives other last bits
@@ -181,9 +184,9 @@ def build(out: Path, steps: tuple[int, int]) -> None:
     )
     model = LlamaForCausalLM(config).float()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    teach(model, tokenizer, 0, steps[0], rng)
-    model.bfloat16().float()  # the precision it is saved in: the second stage can start from a saved first one
-    teach(model, tokenizer, 1, steps[1], random.Random(1))
+    for stage in range(len(STAGES)):
+        teach(model, tokenizer, stage, steps[stage], rng if stage == 0 else random.Random(stage))
+        model.bfloat16().float()  # the precision it is saved in: a stage can start from a saved one
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     config.save_pretrained(out)
@@ -230,7 +233,7 @@ def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=TINY_MODEL, help="folder to write; default: models/tiny")
-    parser.add_argument("--steps", type=int, nargs=2, default=STEPS, help=f"steps of the two stages; default: {STEPS}")
+    parser.add_argument("--steps", type=int, nargs=3, default=[stage[0] for stage in STAGES], help="steps of the stages")
     parser.add_argument("--measure", action="store_true", help="build nothing, measure what is there")
     arguments = parser.parse_args()
     if not arguments.measure:

@@ -7,7 +7,7 @@ import pytest
 
 import make_tiny
 from evaluate import correct, mean_and_error
-from make_tiny import SLIP, draw, worked_sum
+from make_tiny import draw, worked_sum
 from rewards import boxed_answer
 from rollout import TransformersEngine
 from tasks import TINY_MODEL, load_sums, sums_part
@@ -25,12 +25,12 @@ def test_worked_sums_without_slips_are_right():
 
 def test_slips_are_as_frequent_as_stated_and_hit_different_columns():
     rng = random.Random(2)
-    right = [boxed_answer(worked_sum(a, b, SLIP, rng)) == str(a + b) for a, b in (draw(rng) for _ in range(3000))]
-    assert sum(right) / 3000 == pytest.approx((1 - SLIP) ** 4, abs=0.03)
+    right = [boxed_answer(worked_sum(a, b, 0.2, rng)) == str(a + b) for a, b in (draw(rng) for _ in range(3000))]
+    assert sum(right) / 3000 == pytest.approx(0.8**4, abs=0.03)
     truth = worked_sum(4728, 3590, 0.0, rng).splitlines()
     columns = [0] * 4
     for _ in range(2000):
-        text = worked_sum(4728, 3590, SLIP, rng).splitlines()
+        text = worked_sum(4728, 3590, 0.2, rng).splitlines()
         first = next((i for i in range(4) if text[i] != truth[i]), None)
         if first is not None:
             columns[first] += 1
@@ -63,7 +63,7 @@ def test_it_learnt_imperfectly(policy):
 
 def test_building_twice_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        make_tiny.build(tmp_path / name, steps=(2, 2))
+        make_tiny.build(tmp_path / name, steps=(2, 1, 1))
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert "model.safetensors" in files
     for name in files:
