@@ -72,7 +72,7 @@ def final_table(
     """
 
     def row(name, texts, generations, tokens):
-        accuracy, error = mean_and_error(correct(questions, texts))
+        accuracy, error = (None if math.isnan(x) else x for x in mean_and_error(correct(questions, texts)))
         return {"name": name, "accuracy": accuracy, "error": error, "generations": generations, "tokens": tokens}
 
     def mean_length(groups: Sequence[Sequence[Rollout]]) -> float:
@@ -88,7 +88,7 @@ def final_table(
     return [
         row("initial policy", [[o.text for o in group] for group in before], 1, one),
         row(f"majority of {g}, at inference", [[s.text] for s in votes], g, g * one),
-        row("CaT at inference (initial policy)", [[s.text] for s in references], g + bool(written), g * one + written),
+        row("reference at inference (initial policy)", [[s.text] for s in references], g + bool(written), g * one + written),
         row("trained policy", [[o.text for o in group] for group in after], 1, mean_length(after)),
     ]
 
@@ -97,13 +97,15 @@ def format_table(rows: Sequence[dict], questions: int) -> str:
     """The table as Markdown, and what an answer costs at inference time against the trained policy."""
     lines = [f"| on {questions} questions | accuracy | generations | tokens |", "|---|---|---|---|"]
     for r in rows:
-        accuracy = "no labels" if math.isnan(r["accuracy"]) else f"{r['accuracy']:.3f} ± {r['error']:.3f}"
+        error = "" if r["error"] is None else f" ± {r['error']:.3f}"
+        accuracy = "no labels" if r["accuracy"] is None else f"{r['accuracy']:.3f}{error}"
         lines.append(f"| {r['name']} | {accuracy} | {r['generations']} | {r['tokens']:.0f} |")
     cat, trained = rows[2], rows[3]
     lines += [
         "",
         "accuracy: mean ± standard error over questions; generations and tokens: per answer.",
-        f"test-time compute, CaT at inference : trained policy = {cat['generations'] / trained['generations']:.0f} : 1 in "
-        f"generations, {cat['tokens'] / trained['tokens']:.1f} : 1 in generated tokens",
+        "test-time compute, reference at inference against trained policy: "
+        f"{cat['generations'] / trained['generations']:.0f} : 1 in generations, "
+        f"{cat['tokens'] / trained['tokens']:.1f} : 1 in generated tokens",
     ]
     return "\n".join(lines)

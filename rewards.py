@@ -62,14 +62,17 @@ CHECK_SECONDS = 5.0  # one comparison; most take 3 ms
 START_SECONDS = 120.0  # importing sympy on a busy machine
 LONGEST = 400  # characters; the longest answer in MATH-500 has 53. Longer ones must match as strings.
 
-_SPACING = re.compile(r"\\[!,;:> ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\$|[\s~]")
+_COSMETIC = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\$|[\s~]+")
+# A space is kept where it separates: "\pi r" is not "\pir", "1 2" is not "12", and "1 \\ 2" is a row of a matrix.
+_LOOSE_SPACE = re.compile(r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9\\]) +")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+")
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
 def _plain(answer: str) -> str:
-    """`answer` without what never carries meaning: spacing commands, thousands commas, unicode infinity."""
-    answer = _SPACING.sub("", answer).replace("∞", "\\infty").rstrip(".")
+    """`answer` without what never carries meaning: spacing, sizes of brackets, thousands commas; infinity as a command."""
+    answer = _COSMETIC.sub(" ", answer.replace("\\!", "").replace("∞", "\\infty "))
+    answer = _LOOSE_SPACE.sub("", answer).rstrip(".")
     return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
 
 
@@ -124,29 +127,43 @@ _verdicts: Queue = Queue()
 
 @lru_cache(maxsize=100_000)  # the same few answers come back in every group
 def _ask_child(a: str, b: str) -> bool:
-    global _child, _verdicts
+    global _child
     with _lock:
-        if _child is None or _child.poll() is not None:
-            _child = subprocess.Popen(
-                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-            atexit.register(_child.kill)
-            _verdicts = Queue()
-            # A thread reads, because a pipe has no read with a time-out; it ends with the child.
-            threading.Thread(target=_read_lines, args=(_child.stdout, _verdicts), daemon=True).start()
-            if _next_line(START_SECONDS) != b"ready\n":
-                raise RuntimeError("the answer checker did not start: does `python -c 'import math_verify'` work?")
         try:
+            if _child is None:
+                _start_child()
             _child.stdin.write(json.dumps([a, b]).encode() + b"\n")
             _child.stdin.flush()
             verdict = _next_line(CHECK_SECONDS)
         except BrokenPipeError:
             verdict = b""
+        except BaseException:  # Ctrl-C, say: an answer that arrives later must not be read as the next pair's
+            _stop_child()
+            raise
         if not verdict:  # it hung or crashed on this pair: not shown to be equal, and the next pair gets a new child
-            _child.kill()
-            _child.wait()
-            _child = None
+            _stop_child()
         return verdict == b"true\n"
+
+
+def _start_child() -> None:
+    global _child, _verdicts
+    _child = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    atexit.register(_child.kill)
+    _verdicts = Queue()
+    # A thread reads, because a pipe has no read with a time-out; it ends with the child.
+    threading.Thread(target=_read_lines, args=(_child.stdout, _verdicts), daemon=True).start()
+    if _next_line(START_SECONDS) != b"ready\n":
+        raise RuntimeError("the answer checker did not start: does `python -c 'import math_verify'` work?")
+
+
+def _stop_child() -> None:
+    global _child
+    if _child is not None:
+        _child.kill()
+        _child.wait()
+        _child = None
 
 
 def _read_lines(stream, lines: Queue) -> None:

@@ -9,6 +9,7 @@ config.json      every setting, the git commit, the versions
 """
 
 import json
+import math
 import os
 import subprocess
 from importlib.metadata import version
@@ -27,9 +28,11 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """Add one JSON line a row; on disk when this returns."""
+    """Add one JSON line a row, flushed: a crash of the program loses none of them. NaN becomes null, as JSON has none."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        for row in rows:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def log_step(out: Path, step: int, numbers: dict, batch, groups, references, rewards: torch.Tensor) -> None:
@@ -53,13 +56,17 @@ def provenance() -> dict:
     return {"commit": commit, "versions": {name: version(name) for name in ("torch", "transformers", "peft", "math-verify")}}
 
 
+def write_config(out: Path, settings: dict) -> None:
+    write_json(out / "config.json", {"settings": settings, **provenance()})
+
+
 def create(out: Path, settings: dict) -> None:
     """Make the run's folder and write config.json. Raises InputError where there is a run already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty: continue it with --resume, or name another folder with --out")
     try:
         (out / "checkpoint").mkdir(parents=True)
-        write_json(out / "config.json", {"settings": settings, **provenance()})
+        write_config(out, settings)
     except OSError as error:
         raise InputError(f"cannot write to {out} ({error.strerror}): name another folder with --out") from None
 
@@ -84,32 +91,32 @@ def save_checkpoint(out: Path, state: dict, model, optimizer) -> None:
 
 
 def load_checkpoint(out: Path, model, optimizer) -> dict | None:
-    """Put weights and optimizer back and return the rest of the state; None if no step had been completed.
-
-    Lines that the logs hold of later steps are dropped: those steps are about to be done again.
-    """
+    """Put weights and optimizer back and return the rest of the state; None if no step had been completed."""
     path = out / "checkpoint" / "state.pt"
-    state = torch.load(path, weights_only=True) if path.exists() else None
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     if state:
         parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, saved in state.pop("weights").items():
                 parameters[name].copy_(saved)
         optimizer.load_state_dict(state.pop("optimizer"))
-    done = state["step"] if state else 0
-    for log in (out / "metrics.jsonl", out / "rollouts.jsonl"):
-        if log.exists():
-            with log.open(encoding="utf-8") as file:
-                kept = [line for line in file if _step(line) < done]
-            log.write_text("".join(kept), encoding="utf-8")
     return state
 
 
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except json.JSONDecodeError:  # the line that a crash cut short
-        return float("inf")
+def drop_lines_after(out: Path, steps: int) -> None:
+    """Cut the logs back to `steps` completed steps: what was logged of a step that is not in the checkpoint is done again.
+
+    The logs only grow, so it is enough to cut them off at the first such line, or at one that a crash left incomplete.
+    """
+    for log in (out / "metrics.jsonl", out / "rollouts.jsonl"):
+        if log.exists():
+            end = 0
+            with log.open("rb+") as file:
+                for line in file:
+                    if not line.endswith(b"\n") or json.loads(line)["step"] >= steps:
+                        break
+                    end += len(line)
+                file.truncate(end)
 
 
 def plot(out: Path) -> None:

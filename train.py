@@ -13,6 +13,7 @@ No line of it reads a label. Labels, where a task has them, are read by evaluate
 import argparse
 import random
 import resource
+import shlex
 import sys
 import time
 from functools import partial
@@ -38,15 +39,15 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def number(kind, low, what, strict=False):
-    """An argparse type: a `kind` that is at least (`strict`: above) `low`, or one sentence that says so."""
+def number(kind, low, what, strict=False, high=float("inf")):
+    """An argparse type: a `kind` from (`strict`: above) `low` to below `high`, or one sentence that says so."""
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = float("nan")
-        if not (value > low if strict else value >= low) or value == float("inf"):
+        if not (low < value if strict else low <= value) or not value < high:
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
         return value
 
@@ -66,11 +67,11 @@ def parse_arguments(argv: list[str] | None) -> dict:
         parser.add_argument(f"--{name}", help=text + (f"; the paper: {paper}" if paper else ""), **options)
 
     flag("task", "where the questions come from", choices=list(TASKS))
-    flag("data", "JSONL file of questions: MATH-500's test.jsonl, or lines of {prompt, answer (optional)}", type=Path)
+    flag("data", "JSONL file: MATH-500's test.jsonl, or lines of {prompt, answer (optional)}; default: the hub for math500")
     flag("model", "policy and anchor: tiny, a Hugging Face id, or a local folder; default: tiny for sums, else "
          "Qwen/Qwen3-4B on a GPU or Qwen/Qwen2.5-0.5B-Instruct on a CPU", "Gemma 3 4B, Qwen 3 4B, Llama 3.1 8B")  # fmt: skip
     flag("steps", "training steps", "at most 1000", type=count)
-    flag("seed", "of everything random", type=number(int, 0, "a whole number from 0 up"))
+    flag("seed", "of everything random", type=number(int, 0, "a whole number from 0 up", high=2**63))
     flag("group-size", "G, rollouts per question", "8", type=number(int, 2, "a whole number from 2 up"))
     flag("prompts-per-step", "Q, questions per step", "32", type=count)
     flag("max-new-tokens", "longest rollout and longest reference", "1536 for MATH-500", type=count)
@@ -84,19 +85,24 @@ def parse_arguments(argv: list[str] | None) -> dict:
     flag("clip", "epsilon, the clip ratio; acts only with several updates per step", type=positive)
     flag("loss", "mean over all tokens of the step, or over each sequence first", "sequence", choices=("token", "sequence"))
     flag("updates-per-step", "optimizer steps on each batch of rollouts", type=count)
-    flag("mask-truncated", "leave rollouts that were cut off out of the loss", action="store_true")
+    flag("mask-truncated", "leave rollouts that were cut off out of the loss; default: they count", action="store_true")
     flag("micro-batch-tokens", "tokens per forward and backward pass: memory, not results", type=count)
     flag("eval-questions", "how many held-out questions the final table takes; fewer is faster", type=count)
     flag("out", "the run's folder; default: runs/ plus task, model and time", type=Path)
-    flag("resume", "continue the run in --out; settings come from it, --steps may be raised", action="store_true")
+    flag(
+        "resume",
+        "continue the run in --out with its settings (--steps may be raised); default: a new run",
+        action="store_true",
+    )
     return vars(parser.parse_args(argv))
 
 
 def settle(given: dict) -> tuple[Path, dict, bool]:
     """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError."""
     out, resume = given.pop("out", None), given.pop("resume", False)
-    if "data" in given:
-        given["data"] = str(given["data"].resolve())
+    for path in ("data", "model"):  # a run can be resumed from another folder
+        if path in given and Path(given[path]).exists():
+            given[path] = str(Path(given[path]).resolve())
     if resume:
         if out is None:
             raise InputError("--resume wants --out DIR, the folder of the run to continue")
@@ -185,9 +191,9 @@ def train(s: argparse.Namespace, out: Path, questions: list, engine, policy, opt
         runs.log_step(out, step, numbers, batch, groups, references, rewards.values)
         runs.save_checkpoint(out, state, policy, optimizer)
         bar.set_postfix(reward=f"{numbers['reward']:.2f}", agreement=f"{numbers['reference/majority_agreement']:.2f}")
-        if state["skipped_in_a_row"] == 3:
+        if state["skipped_in_a_row"] >= 3:
             raise FloatingPointError(
-                f"the loss or its gradient was not finite in 3 steps in a row (now step {step}): lower --lr or raise --beta"
+                f"the loss or its gradient was not finite in 3 steps in a row, the last one step {step}: lower --lr"
             )
 
 
@@ -213,7 +219,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     """One whole run: load, train, compare, plot."""
     s, started = argparse.Namespace(**settings), time.perf_counter()
     task = TASKS[s.task]
-    train_questions, test_questions = task.load(Path(s.data) if s.data else None)
+    train_questions, test_questions = task.load(s.data and Path(s.data))
     test_questions = test_questions[: s.eval_questions]
     if s.prompts_per_step > len(train_questions):
         raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
@@ -225,6 +231,8 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0}
     if resume:
         state = runs.load_checkpoint(out, policy, optimizer) or state
+        runs.drop_lines_after(out, state["step"])
+        runs.write_config(out, settings)  # --steps may have been raised
     else:
         runs.create(out, settings)
     print(f"task {s.task}: {task.protocol}\nrun {out} on {policy.device}: {s.steps} steps of {s.prompts_per_step} questions "
@@ -232,7 +240,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
 
     try:
         train(s, out, train_questions, engine, policy, optimizer, state)
-    finally:  # also after Ctrl-C, perhaps in the middle of an update: what is kept is the last completed step
+    finally:  # also after Ctrl-C, perhaps in the middle of an update: the adapter is that of the last completed step
         if runs.load_checkpoint(out, policy, optimizer):
             policy.save_pretrained(out / "adapter", save_embedding_layers=False)
             runs.plot(out)
@@ -246,7 +254,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
         lambda groups: AGGREGATORS[s.aggregator](groups, anchor_sampler(engine, sampling, seed_of(s.seed, "final"))),
         s.group_size,
     )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux; without the answer checker's 0.3 GiB
     minutes = (time.perf_counter() - started) / 60
     result = {"rows": rows, "questions": len(test_questions), "minutes": minutes, "peak_gib": peak}
     runs.write_json(out / "results.json", result)
@@ -268,8 +276,12 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"train.py: stopped: {error}; {out}/checkpoint holds the last step", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError:
+        print("train.py: stopped: out of GPU memory: lower --micro-batch-tokens or --max-new-tokens", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print(f"\nstopped; every completed step is saved. To go on: {sys.argv[0]} --resume --out {out}", file=sys.stderr)
+        again = shlex.join(["python", sys.argv[0], "--resume", "--out", str(out)])
+        print(f"\nstopped; every completed step is saved. To go on: {again}", file=sys.stderr)
         return 130
     return 0
 

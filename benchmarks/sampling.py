@@ -35,7 +35,7 @@ def main() -> None:
     engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled: every rollout has the same length
     engine.encode = lambda ids: ids  # the prompts below are ids already
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(10, 300, (s.prompts, s.prompt_tokens), generator=generator)
+    prompts = torch.randint(10, 300, (s.prompts, s.prompt_tokens), generator=generator).to(model.device)
 
     def ours() -> int:
         groups = engine.sample(prompts.tolist(), s.n, max_new_tokens=s.new_tokens)

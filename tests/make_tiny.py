@@ -6,9 +6,10 @@
 The world: sums of two four-digit numbers, worked out column by column. The model learns from two kinds of text, half of
 the training each, through the very prompts that a run uses:
 
-    answers     "What is 4728 + 3590?" -> a worked sum in which every column has a slip with probability 0.2: a digit
-                is read as another one, or the carry is lost or invented. What follows is consistent with the slip.
-    syntheses   synthesize.SYNTHESIS_PROMPT with 1 to 8 such attempts -> the worked sum without slips.
+    answers     "What is 4728 + 3590?" -> a worked sum in which every column has a slip with probability 0.2 or so
+                (STAGES): a digit is misread, or the carry is lost or invented. What follows is consistent with it.
+    syntheses   synthesize.SYNTHESIS_PROMPT with 1 to 8 such attempts, in the later stages more careless ones -> the
+                worked sum without slips.
 
 So its mistakes are independent between samples, as a real model's partly are: attempts at one sum go wrong in
 different columns, and often each has one, so that no attempt is right and none can be selected, while most attempts
@@ -165,6 +166,7 @@ def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
 def build(out: Path, steps: Sequence[int]) -> None:
     """Teach a new model, `steps` steps in each stage, and write it to `out`."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
     torch.set_num_threads(2)  # sums are split among threads: another number of them gives other last bits
     rng = random.Random(0)
     tokenizer = make_tokenizer(rng)
@@ -187,6 +189,7 @@ def build(out: Path, steps: Sequence[int]) -> None:
     for stage in range(len(STAGES)):
         teach(model, tokenizer, stage, steps[stage], rng if stage == 0 else random.Random(stage))
         model.bfloat16().float()  # the precision it is saved in: a stage can start from a saved one
+    torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
     config.save_pretrained(out)

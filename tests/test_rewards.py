@@ -1,5 +1,6 @@
 """Answers: extraction, equality, and the reward made of them, against hand-made tables and hostile text."""
 
+import signal
 import threading
 import time
 
@@ -92,6 +93,14 @@ a+b+c | c+b+a | yes
 1,234 | 1,23,4 | no
 \sqrt{2} | 1.41421356 | no
 2^{10} | 1024 | yes
+1 2 | 12 | no
+\cot x | \cot(x) | yes
+2\pi r | 2\pi\cdot r | yes
+2\pi r | 2 \pi  r | yes
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | yes
+\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\3\end{pmatrix} | no
+x \in [-2,7] | [-2,7] | yes
+11\sqrt2 | 11\sqrt{2} | yes
 """
 
 
@@ -116,10 +125,27 @@ BOMBS = ["9^{9^{9^9}}", "9^{9^{9^{9}}}+1", "\\frac{" * 50, "{" * 10_000 + "}" * 
 
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_bomb_neither_hangs_nor_stops_the_checker(bomb):
+    assert equal("1/3", "2/6")  # the child is up
     started = time.monotonic()
     assert not equal(bomb, "7")
-    assert time.monotonic() - started < rewards.CHECK_SECONDS + rewards.START_SECONDS
+    assert time.monotonic() - started < rewards.CHECK_SECONDS + 3
     assert equal("1/2", "0.5")  # the next pair is answered
+
+
+def test_a_child_that_hangs_or_dies_is_replaced_and_its_pair_is_not_equal(monkeypatch):
+    assert equal("1/3", "2/6")
+    rewards._ask_child.cache_clear()
+    rewards._child.send_signal(signal.SIGSTOP)  # it hangs for good
+    monkeypatch.setattr(rewards, "CHECK_SECONDS", 0.5)
+    hung = rewards._child
+    assert not equal("1/3", "3/9")
+    assert hung.poll() is not None
+    monkeypatch.undo()
+    assert equal("1/3", "4/12")
+    rewards._child.kill()
+    rewards._child.wait()
+    assert not equal("1/3", "5/15")
+    assert equal("1/3", "6/18")
 
 
 def test_equality_works_outside_the_main_thread():

@@ -5,6 +5,7 @@ import pytest
 from rollout import Rollout
 from synthesize import AGGREGATORS, Reference, majority, single, synthesis, synthesis_messages
 from tasks import load_sums
+from train import anchor_sampler
 
 
 def group(*answers):
@@ -37,7 +38,7 @@ def test_single_takes_the_first():
     assert [s.text[:10] for s in single([group("1", "2"), group("3", "4")], None)] == ["rollout 0:", "rollout 0:"]
 
 
-def test_the_anchor_sees_every_attempt_in_order_and_not_the_question():
+def test_the_anchor_sees_every_attempt_in_order():
     asked = []
 
     def sample(prompts):
@@ -57,15 +58,17 @@ def test_synthesis_asks_the_frozen_anchor(engine):
     """Through the real engine: the references do not change when the policy does."""
     groups = engine.sample([q.messages for q in load_sums(None)[1][:3]], 4, max_new_tokens=48, seed=0)
 
-    def ask(prompts):
-        return [g[0] for g in engine.sample(prompts, 1, policy=False, max_new_tokens=48, seed=1)]
-
+    ask = anchor_sampler(engine, {"max_new_tokens": 48, "temperature": 1.0}, seed=1)  # the one that training uses
     before = synthesis(groups, ask)
     for name, parameter in engine.model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(5)
     assert synthesis(groups, ask) == before
     assert all(s.tokens > 0 for s in before)
+    for group in groups:
+        (message,) = synthesis_messages([o.text for o in group])
+        assert "What is" not in message["content"]
+        assert group[0].text in message["content"]
 
 
 def test_every_aggregator_has_the_same_signature():

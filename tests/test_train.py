@@ -1,5 +1,6 @@
 """Whole runs of the real command on the real tiny model: what they write, survive, refuse, and never read."""
 
+import argparse
 import json
 import os
 import random
@@ -44,7 +45,9 @@ def same(a, b):
 
 def start(*arguments, **options):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that runs the tests in the background makes its children ignore SIGINT.
+    return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,8 @@ def test_every_option_trains(options, tmp_path):
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2
     assert all(row["update/skipped"] == 0 for row in rows)
+    for row in rows:  # the trainer scores what was sampled, at the temperature it was sampled at
+        assert row["sampling/logp_difference_max"] is None or row["sampling/logp_difference_max"] < 1e-3
     if "--kl reward" in options:
         assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # pi_t starts as pi_0 ...
         assert rows[1]["kl"] != 0  # ... and has moved
@@ -160,6 +165,24 @@ def test_it_teaches(tmp_path):
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
     before, _, _, after = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert after["accuracy"] > before["accuracy"] + 3 * (before["error"] + after["error"])
+
+
+def test_each_stage_of_the_algorithm_asks_whom_it_should(engine, policy):
+    """The policy explores, the frozen anchor writes references, and the new weights are synced after the update."""
+    calls = []
+
+    class Spy:
+        def sample(self, prompts, n, policy=True, **sampling):
+            calls.append(("pi_t" if policy else "pi_0", len(prompts), n, sampling["temperature"]))
+            return engine.sample(prompts, n, policy=policy, **sampling)
+
+        def sync(self):
+            calls.append("sync")
+
+    s = argparse.Namespace(**{**train.DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9})
+    optimizer = torch.optim.AdamW([p for p in policy[0].parameters() if p.requires_grad], lr=1e-3)
+    train.cat_step(s, 0, load_sums(None)[0][:3], Spy(), policy[0], optimizer)
+    assert calls == [("pi_t", 3, 4, 0.9), ("pi_0", 3, 1, 0.9), "sync"]
 
 
 # ------------------------------------------------------------------------------------------------- what it survives
@@ -194,7 +217,7 @@ def lines_that_parse(path):
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     out = tmp_path / "run"
     process = start("--steps", 50, "--out", out)
-    _, error = kill_after(process, out, 2, signal.SIGINT)
+    _, error = kill_after(process, out, 3, signal.SIGINT)  # the third line is logged: the second step is saved
     assert process.returncode == 130
     assert f"--resume --out {out}" in error
     assert "Traceback" not in error
@@ -211,6 +234,7 @@ def test_a_crash_between_log_and_checkpoint_does_the_step_again(straight, tmp_pa
         log.write('{"step": 3, "reward": 0.9}\n{"step": 4, "rew')
     assert train.main(["--resume", "--steps", "6", "--out", str(out)]) == 0
     assert metrics(out) == metrics(straight)
+    assert json.loads((out / "config.json").read_text())["settings"]["steps"] == 6  # a plain --resume goes as far
 
 
 def test_a_run_killed_before_its_first_step_starts_over(straight, tmp_path):
@@ -269,6 +293,7 @@ def test_an_existing_run_is_never_overwritten(straight, tmp_path, capsys):
         ("--lr nan", "above 0"),
         ("--lr inf", "above 0"),
         ("--beta -1", "0 up"),
+        ("--seed 99999999999999999999", "0 up"),
         ("--temperature 0", "above 0"),
         ("--lora-rank 7", "invalid choice"),
         ("--lora-rank 0", "invalid choice"),
