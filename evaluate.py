@@ -25,7 +25,8 @@ def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     first, because they are not independent of each other. NaN without labels or, the error, with a single question."""
     questions = values.mean(dim=1)  # (Q,)
     questions = questions[~questions.isnan()]
-    return float(questions.mean()), float(questions.std() / math.sqrt(max(len(questions), 1)))
+    error = questions.std() / math.sqrt(len(questions)) if len(questions) > 1 else math.nan
+    return float(questions.mean()), float(error)
 
 
 def describe(

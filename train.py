@@ -89,11 +89,7 @@ def parse_arguments(argv: list[str] | None) -> dict:
     flag("micro-batch-tokens", "tokens per forward and backward pass: memory, not results", type=count)
     flag("eval-questions", "how many held-out questions the final table takes; fewer is faster", type=count)
     flag("out", "the run's folder; default: runs/ plus task, model and time", type=Path)
-    flag(
-        "resume",
-        "continue the run in --out with its settings (--steps may be raised); default: a new run",
-        action="store_true",
-    )
+    flag("resume", "continue the run in --out with its settings; --steps may be raised; default: no", action="store_true")
     return vars(parser.parse_args(argv))
 
 

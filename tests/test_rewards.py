@@ -133,19 +133,18 @@ def test_a_bomb_neither_hangs_nor_stops_the_checker(bomb):
 
 
 def test_a_child_that_hangs_or_dies_is_replaced_and_its_pair_is_not_equal(monkeypatch):
-    assert equal("1/3", "2/6")
-    rewards._ask_child.cache_clear()
+    assert equal("3/7", "6/14")  # pairs that no other test has asked about: answers are cached
     rewards._child.send_signal(signal.SIGSTOP)  # it hangs for good
     monkeypatch.setattr(rewards, "CHECK_SECONDS", 0.5)
     hung = rewards._child
-    assert not equal("1/3", "3/9")
+    assert not equal("3/7", "9/21")
     assert hung.poll() is not None
     monkeypatch.undo()
-    assert equal("1/3", "4/12")
+    assert equal("3/7", "12/28")
     rewards._child.kill()
     rewards._child.wait()
-    assert not equal("1/3", "5/15")
-    assert equal("1/3", "6/18")
+    assert not equal("3/7", "15/35")
+    assert equal("3/7", "18/42")
 
 
 def test_equality_works_outside_the_main_thread():
