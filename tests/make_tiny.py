@@ -1,6 +1,6 @@
 """Makes models/tiny, the stand-in behind `--model tiny`: a small Llama that adds like a careless pupil.
 
-    python tests/make_tiny.py            build it (about 30 minutes on 2 cores), measure it, write models/tiny
+    python tests/make_tiny.py            build it (about 45 minutes on 2 cores), measure it, write models/tiny
     python tests/make_tiny.py --measure  measure the one that is there
 
 The world: sums of two four-digit numbers, worked out column by column. The model learns from two kinds of text, half of
@@ -188,7 +188,9 @@ def build(out: Path, steps: Sequence[int]) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
     for stage in range(len(STAGES)):
         teach(model, tokenizer, stage, steps[stage], rng if stage == 0 else random.Random(stage))
-        model.bfloat16().float()  # the precision it is saved in: a stage can start from a saved one
+        with torch.no_grad():  # to the precision it is saved in, so that a stage can start from a saved one
+            for p in model.parameters():
+                p.copy_(p.bfloat16())
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(out)
