@@ -19,6 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import transformers
 from tqdm import tqdm
@@ -63,7 +64,7 @@ def parse_arguments(argv: list[str] | None) -> dict:
         key = name.replace("-", "_")
         by_task = [f"{t.settings[key]} for {task}" for task, t in TASKS.items() if key in t.settings and key != "model"]
         default = ", ".join(by_task) or DEFAULTS.get(key)
-        text += f"; default: {default}" if default not in (None, False) else ""
+        text += "" if default is None or default is False else f"; default: {default}"
         parser.add_argument(f"--{name}", help=text + (f"; the paper: {paper}" if paper else ""), **options)
 
     flag("task", "where the questions come from", choices=list(TASKS))
@@ -262,6 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     given = parse_arguments(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()  # without a network: our sentence, not its retries
     out = given.get("out")
     try:
         out, settings, resume = settle(given)

@@ -329,7 +329,9 @@ def test_help_explains_every_setting_with_default_and_paper(capsys):
     for key in [*train.DEFAULTS, "steps", "model", "lr", "out", "resume"]:
         assert "--" + key.replace("_", "-") in text
     assert "the paper: 5e-7" in text
-    assert "default: 0.001 for sums" in text
+    assert f"default: {TASKS['sums'].settings['lr']} for sums" in text
+    settings = {*train.DEFAULTS, *TASKS["sums"].settings, "out", "resume"}
+    assert text.count("default: ") == len(settings)
 
 
 # ------------------------------------------------------------------------------------------------- where it runs
