@@ -51,7 +51,9 @@ def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> to
 
 
 def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = head(hidden).float() / temperature  # (n, V): sampled at T, so scored at T
+    logits = head(hidden)  # (n, V)
+    # At least float32, whatever the base is in; and divided by T, because what was sampled at T is scored at T.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     logprobs = torch.log_softmax(logits, dim=-1)  # (n, V)
     entropy = -(logprobs.exp() * logprobs).sum(-1).detach()  # (n,)
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy

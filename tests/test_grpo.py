@@ -77,7 +77,7 @@ def test_token_logprobs_equal_the_plain_forward_pass(policy):
 
 
 def test_chunks_change_neither_values_nor_gradients(policy, monkeypatch):
-    model, _ = policy
+    model = policy[0].double()
     results = []
     for chunk in (1, 4, 1024):
         monkeypatch.setattr(grpo, "LOGIT_CHUNK", chunk)
@@ -207,10 +207,10 @@ def test_the_gradient_of_an_update_equals_float64_autograd(policy, form):
 
 
 def test_the_gradient_does_not_depend_on_micro_batches(policy):
-    model, _ = policy
+    model = policy[0].double()  # the rule is about the formula: in float32 rounding alone is 1e-6
     grads = [one_update(model, batch(), A, token_budget=budget)[1][0] for budget in (1, 25, 10_000)]
     for g in grads[1:]:
-        assert (g - grads[0]).norm() / grads[0].norm() < 1e-6
+        assert (g - grads[0]).norm() / grads[0].norm() < 1e-9
 
 
 def test_rollouts_without_advantage_are_skipped_when_beta_is_0_and_still_counted(policy, monkeypatch):
@@ -236,7 +236,7 @@ def test_several_updates_take_their_ratio_to_the_trainers_old_logprobs(policy):
     numbers, steps = one_update(model, wrong, A, updates=2, lr=0.0, clip=0.2)
     torch.testing.assert_close(steps[0], steps[1])  # nothing moved: the same ratio, 1, and the same gradient
     assert numbers["clip_ratio"] == 0
-    numbers, steps = one_update(model, wrong, A, updates=3, lr=5.0, clip=1e-4)
+    numbers, steps = one_update(model, wrong, A, updates=3, lr=0.02, clip=1e-4)
     assert numbers["clip_ratio"] > 0.1  # the policy moved away from the old one, so tokens are clipped
     assert len(steps) == 3
 
