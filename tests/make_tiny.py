@@ -15,7 +15,8 @@ So its mistakes are independent between samples, as a real model's partly are: a
 different columns, and often each has one, so that no attempt is right and none can be selected, while most attempts
 are right about any one column. The sums of `--task sums` (train and test) are in neither kind of text.
 
-The same machine builds the same bytes: one seed, and PyTorch's CPU kernels with a fixed number of threads.
+The same machine builds the same bytes: fixed seeds, and PyTorch's CPU kernels with a fixed number of threads. The model
+that is here was built a stage at a time, each from the saved one before, which is what the script does in one go.
 """
 
 import argparse
