@@ -12,21 +12,27 @@ from collections.abc import Iterator, Sequence
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
 LOGIT_CHUNK = 1024  # completion tokens whose logits exist at a time: 1024 x 152k x 4 bytes is 0.6 GB
 
 
-def add_lora(base, rank: int, seed: int):
+def add_lora(base, rank: int, seed: int, checkpointing: bool = False):
     """The policy: `base` with a trainable LoRA on every linear layer but the output head; B = 0, so pi_t starts as pi_0.
 
     The adapter is float32 (peft casts it) over a base of any dtype: in bf16 an AdamW step of 1e-5 rounds to nothing.
     No dropout: it would make the ratio pi_t / pi_old differ from 1 with equal weights. No bias: vLLM refuses it.
+
+    `checkpointing` keeps only each layer's input for the backward pass and computes the layer again there: far less
+    memory, for one more forward pass.
     """
     torch.manual_seed(seed)  # of A's random initial values
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # nothing is random
     return get_peft_model(base, config)
 
 
@@ -106,6 +112,7 @@ def policy_loss(
     form: str,
     total_tokens: int,
     total_rollouts: int,
+    weights: torch.Tensor | None = None,  # (B, T), of importance
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """One micro-batch's share of the loss, and sums for the log.
 
@@ -118,12 +125,16 @@ def policy_loss(
     `form` "sequence" (Eq. 6): mean over |o_i| first, then over rollouts. A token of a long answer then weighs less, so
     long wrong answers are punished less than short ones, and answers grow.
 
-    Both divide by counts of the WHOLE step, taken before it is cut into micro-batches: then the gradients of the
+    `weights` multiply the surrogate, not the KL, which is a regulariser of pi_t wherever it is taken.
+
+    Both forms divide by counts of the WHOLE step, taken before it is cut into micro-batches: then the gradients of the
     micro-batches add up to the gradient of the step, however it was cut.
     """
     a = advantage[:, None]  # (B, 1)
     ratio = torch.exp(logprobs - old_logprobs)  # (B, T)
     per_token = -torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)  # (B, T)
+    if weights is not None:
+        per_token = weights * per_token
     clipped = ((ratio < 1 - clip) & (a < 0)) | ((ratio > 1 + clip) & (a > 0))  # (B, T): no gradient here
     sums = {"clip_ratio": float((clipped * mask).sum())}
     if ref_logprobs is not None:
@@ -180,6 +191,7 @@ def update(
     temperature: float = 1.0,
     updates: int = 1,
     mask_truncated: bool = False,
+    importance_cap: float | None = None,
     max_grad_norm: float = 1.0,
     token_budget: int = 4096,
 ) -> dict[str, float]:
@@ -189,6 +201,9 @@ def update(
     `beta` 0 means no KL term in the loss: then pi_0 is never run, and rollouts whose advantage is 0 (all rewards of
     their group were equal) are skipped, because their gradient is exactly 0. They still count in the denominators.
     `mask_truncated` takes rollouts that were cut off out of the loss and its denominators: their end is not their own.
+
+    `importance_cap` C weights each token's surrogate by min(C, pi_old / pi_engine), truncated importance sampling: an
+    engine with other kernels samples from a slightly other policy than the one whose gradient is taken. None: no weights.
 
     A loss or gradient that is not finite leaves weights and optimizer as they were and is reported in `update/skipped`.
     """
@@ -215,18 +230,28 @@ def update(
     largest_difference, seen_tokens, skipped = 0.0, 0, 0
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()  # no dropout anywhere in the base either; gradients flow all the same
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # where it is on, layers do it only while "training"
+            module.training = True  # of the layer itself: what is inside stays without dropout
     for k in range(updates):
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for rows, old_logprobs in zip(cuts, old, strict=True):
             logprobs, mask, entropy = logprobs_of(rows)
+            old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+            engine_logprobs = torch.zeros_like(mask)  # (B, T)
+            for b, i in enumerate(rows):
+                engine_logprobs[b, : len(rollouts[i].logprobs)] = torch.tensor(rollouts[i].logprobs)
+            weights = None
+            if importance_cap is not None:
+                weights = torch.exp(old_logprobs - engine_logprobs).clamp(max=importance_cap)  # (B, T)
             ref_logprobs = None
             if beta:
                 with torch.no_grad(), model.disable_adapter():
                     ref_logprobs = logprobs_of(rows)[0]
             loss, parts = policy_loss(
                 logprobs,
-                logprobs.detach() if old_logprobs is None else old_logprobs,
+                old_logprobs,
                 ref_logprobs,
                 advantage[rows].to(logprobs.device),
                 mask,
@@ -235,6 +260,7 @@ def update(
                 form=form,
                 total_tokens=total_tokens,
                 total_rollouts=total_rollouts,
+                weights=weights,
             )
             loss.backward()  # gradients of the micro-batches add up
             loss_sum += float(loss.detach())
@@ -243,10 +269,7 @@ def update(
             seen_tokens += int(mask.sum())
             sums["entropy"] += float(entropy.sum())
             if k == 0:
-                engine = torch.zeros_like(mask)  # (B, T)
-                for b, i in enumerate(rows):
-                    engine[b, : len(rollouts[i].logprobs)] = torch.tensor(rollouts[i].logprobs)
-                difference = (logprobs.detach() - engine).abs() * mask
+                difference = (old_logprobs - engine_logprobs).abs() * mask
                 sums["difference"] += float(difference.sum())
                 largest_difference = max(largest_difference, float(difference.max()))
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)) if cuts else 0.0

@@ -11,16 +11,20 @@ Token ids go in and token ids come out. The trainer sees exactly the ids that we
 text and encoding that again can give other tokens, whose probabilities nobody sampled from.
 """
 
+import math
+import os
+import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper, set_seed
 
 from grpo import token_logprobs
-from tasks import InputError
+from tasks import InputError, one_line
 
+NOT_FINITE = "the model's logits are not finite: lower --lr, or raise --beta"
 Messages = Sequence[dict[str, str]]  # a chat: [{"role": "user", "content": "..."}, ...]
 
 
@@ -35,55 +39,60 @@ class Rollout:
     prompt_ids: list[int]  # (|q|,), the chat template applied
 
 
-def load_base(name: str) -> tuple:
-    """(model, tokenizer) of a Hugging Face id or a local folder: bf16 on a GPU, float32 on a CPU. Raises InputError."""
-    gpu = torch.cuda.is_available()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if gpu else torch.float32)
-    except Exception as error:  # noqa: BLE001 -- no such id, offline, a proxy, a broken file: each raises its own
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"cannot load the model {name!r}: give --model a folder with a causal language model, or the id of one on "
-            f"the Hugging Face hub and a network that reaches it ({reason})"
-        ) from None
-    if tokenizer.chat_template is None:
-        raise InputError(f"the tokenizer of {name!r} has no chat template: give --model an instruct model")
-    model = model.to("cuda" if gpu else "cpu").eval()
-    # The trainer applies the output head to chosen positions itself. A model that does more to its logits (soft-capping,
-    # a scale) would be trained on wrong probabilities, so it is refused, by trying it.
-    ids = torch.tensor([tokenizer.encode("1 + 1 = 2")], device=model.device)
-    with torch.no_grad():
-        direct = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state)
-        if not torch.allclose(direct, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
-            raise InputError(f"{name!r} changes its logits after the output head, which grpo.py does not do: use another")
-    return model, tokenizer
+class EngineError(RuntimeError):
+    """An engine failed in the middle of a run; the last checkpoint is whole."""
 
 
-class TransformersEngine:
-    """Samples with the trainer's own model, so that it runs wherever PyTorch runs.
+class Engine:
+    """What the engines share. `model` is the trainer's PeftModel, `context` the longest prompt with its completion."""
 
-    `model` is a PeftModel, `tokenizer` its tokenizer. `batch_tokens` bounds the tokens (prompt and completion, all
-    rows) that are in flight together, which bounds the KV cache: 24 KB a token for a 0.5B model in float32. The n
-    rollouts of one prompt always run together.
-    """
-
-    def __init__(self, model, tokenizer, batch_tokens: int = 65_536):
-        self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
-        self.context = model.config.get_text_config().max_position_embeddings
+    def __init__(self, model, tokenizer, context: int):
+        self.model, self.tokenizer, self.context = model, tokenizer, context
         # Some models end with any of several tokens (<|eot_id|> and <|end_of_text|>): the generation config lists them.
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.stop_ids = sorted({i for i in [*ends, tokenizer.eos_token_id] if i is not None})
-
-    def sync(self) -> None:
-        """Nothing to do: the trainer's model is the one that samples."""
 
     def encode(self, messages: Messages) -> list[int]:
         """Token ids of a chat, ready for the assistant's turn. Qwen 3 thinks unless told not to (paper: thinking off)."""
         return self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
         )
+
+    def encode_all(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[list[int]]:
+        """Token ids of each prompt. Raises InputError if one of them and its completion would not fit the context."""
+        encoded = [self.encode(messages) for messages in prompts]
+        longest = max(map(len, encoded))
+        if longest + max_new_tokens > self.context:
+            raise InputError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {self.context} "
+                f"tokens: lower --max-new-tokens or --group-size (the anchor reads all rollouts at once)"
+            )
+        return encoded
+
+    def rollout(self, ids: list[int], logprobs: list[float], prompt_ids: list[int]) -> Rollout:
+        if any(map(math.isnan, logprobs)):
+            raise FloatingPointError(NOT_FINITE)
+        reason = "stop" if ids[-1] in self.stop_ids else "length"
+        return Rollout(self.tokenizer.decode(ids, skip_special_tokens=True), ids, logprobs, reason, prompt_ids)
+
+    def sleep(self) -> None:
+        """Free what memory can be freed until the next `sync`."""
+
+    def sync(self) -> None:
+        """From now on `policy=True` means the trainer's newest weights. Here there is one model, so nothing to do."""
+
+
+class TransformersEngine(Engine):
+    """Samples with the trainer's own model, so that it runs wherever PyTorch runs.
+
+    `batch_tokens` bounds the tokens (prompt and completion, all rows) that are in flight together, which bounds the KV
+    cache: 24 KB a token for a 0.5B model in float32. The n rollouts of one prompt always run together.
+    """
+
+    def __init__(self, model, tokenizer, batch_tokens: int = 65_536):
+        super().__init__(model, tokenizer, model.config.get_text_config().max_position_embeddings)
+        self.batch_tokens = batch_tokens
 
     @torch.no_grad()
     def sample(
@@ -94,24 +103,22 @@ class TransformersEngine:
         policy: bool = True,
         temperature: float = 1.0,
         max_new_tokens: int = 512,
+        top_k: int = 0,
+        top_p: float = 1.0,
         seed: int = 0,
     ) -> list[list[Rollout]]:
         """`n` rollouts for each of `prompts`: result[q][i] is the i-th of prompts[q], whatever order they ran in.
 
-        `policy=False` samples from the anchor pi_0. `temperature` 0 is greedy. No top-k, no top-p: truncated samples
-        come from another distribution than the one whose gradient is taken. The result is a function of the
-        arguments and the weights: the randomness is a generator of this call, seeded with `seed`.
+        `policy=False` samples from the anchor pi_0. `temperature` 0 is greedy. `top_k` (0: off) and `top_p` are for
+        evaluation alone: truncated samples come from another distribution than the one whose gradient is taken. The
+        result is a function of the arguments and the weights: all randomness is a generator seeded with `seed`.
 
         Raises InputError if a prompt and `max_new_tokens` do not fit the model's context, and FloatingPointError if the
         logits are not finite.
         """
-        encoded = [self.encode(messages) for messages in prompts]
-        longest = max(map(len, encoded))
-        if longest + max_new_tokens > self.context:
-            raise InputError(
-                f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the model's context of "
-                f"{self.context}: lower --max-new-tokens or --group-size (the anchor reads all rollouts at once)"
-            )
+        encoded = self.encode_all(prompts, max_new_tokens)
+        truncate = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k else [])
+        truncate += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         generator = torch.Generator(self.model.device).manual_seed(seed)
         results: list[list[Rollout]] = [[] for _ in prompts]
         self.model.eval()
@@ -122,15 +129,13 @@ class TransformersEngine:
                 width = len(encoded[pending[-1]]) + max_new_tokens
                 count = max(1, self.batch_tokens // (n * width))
                 pending, batch = pending[:-count], pending[-count:]  # the longest first: too large fails at once
-                completions = self._generate([encoded[q] for q in batch], n, temperature, max_new_tokens, generator)
-                for row, (ids, logprobs) in enumerate(completions):
+                rows = self._generate([encoded[q] for q in batch], n, temperature, truncate, max_new_tokens, generator)
+                for row, (ids, logprobs) in enumerate(rows):
                     q = batch[row // n]
-                    reason = "stop" if ids[-1] in self.stop_ids else "length"
-                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                    results[q].append(Rollout(text, ids, logprobs, reason, encoded[q]))
+                    results[q].append(self.rollout(ids, logprobs, encoded[q]))
         return results
 
-    def _generate(self, prompts, n, temperature, max_new_tokens, generator) -> list[tuple[list[int], list[float]]]:
+    def _generate(self, prompts, n, temperature, truncate, max_new_tokens, generator) -> list[tuple[list, list]]:
         """Sample rows B*n, row b*n + i being the i-th completion of prompts[b]: (ids, log-probabilities) each."""
         device, pad = self.model.device, self.stop_ids[0]  # any id will do: padding is masked by position, not by id
         width = max(map(len, prompts))
@@ -140,14 +145,11 @@ class TransformersEngine:
         cache = DynamicCache(config=self.model.config)
         # Each prompt is read ONCE; its keys and values are then shared out to its n rollouts. generate() with
         # num_return_sequences=n reads it n times.
+        position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, width)
         output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
-        )
+        )  # fmt: skip
         cache.batch_repeat_interleave(n)
         logits = output.logits[:, -1].repeat_interleave(n, dim=0)  # (B*n, V)
         mask = mask.repeat_interleave(n, dim=0)  # (B*n, width)
@@ -156,9 +158,9 @@ class TransformersEngine:
         rows = torch.arange(len(prompts) * n, device=device)  # which completion each live row belongs to
         completions = [([], []) for _ in rows]
         for step in range(max_new_tokens):
-            logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)  # (rows, V)
+            logprobs = torch.log_softmax(truncate(None, logits.float() / (temperature or 1.0)), dim=-1)  # (rows, V)
             if logprobs.isnan().any():
-                raise FloatingPointError("the model's logits are not finite: lower --lr, or raise --beta")
+                raise FloatingPointError(NOT_FINITE)
             if temperature == 0:
                 token = logprobs.argmax(-1, keepdim=True)  # (rows, 1)
             else:
@@ -182,18 +184,116 @@ class TransformersEngine:
         return completions
 
     @torch.no_grad()
-    def score(
-        self, prompts: Sequence[Messages], completions: Sequence[list[int] | str], *, policy: bool = True
-    ) -> list[list[float]]:
-        """Log-probabilities (nats, temperature 1) of each token of completions[i] after prompts[i], (|o_i|,) each.
-
-        A completion is token ids, as in `Rollout.ids`, or a text, which is encoded as it stands.
-        """
+    def score(self, prompts: Sequence[Messages], completions: Sequence[list[int]], *, policy: bool = True) -> list:
+        """Log-probabilities (nats, temperature 1) of each token of completions[i] after prompts[i], (|o_i|,) each."""
         self.model.eval()
         scores = []
         with nullcontext() if policy else self.model.disable_adapter():
-            for messages, given in zip(prompts, completions, strict=True):
-                ids = self.tokenizer.encode(given, add_special_tokens=False) if isinstance(given, str) else given
+            for messages, ids in zip(prompts, completions, strict=True):
                 logprobs, _, _ = token_logprobs(self.model, [self.encode(messages)], [ids], temperature=1.0)
                 scores.append(logprobs[0].tolist())
         return scores
+
+
+class VLLMEngine(Engine):
+    """Samples with vLLM in this process: several times faster, for a second copy of the base and a KV cache of its own.
+
+    Policy and anchor are one engine: a request carries the newest LoRA or none. `options` go to vllm.LLM as they are.
+    Raises InputError if vLLM does not start, and EngineError if it fails later.
+    """
+
+    def __init__(self, model, tokenizer, options: dict, sleep: bool):
+        cpu = model.device.type == "cpu"
+        if cpu and sleep:
+            raise InputError("--sleep frees GPU memory, and there is no GPU here: leave it out")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that seeds reach its sampler
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else the trainer's threads are bound as well
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        lora = model.peft_config["default"]
+        settings = {
+            "model": model.get_base_model().name_or_path,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "enable_lora": True,
+            "max_lora_rank": lora.r,
+            "lora_target_modules": sorted(lora.target_modules),  # not the output head: its LoRA would spoil `score`
+            "max_loras": 1,  # the newest alone; the one before is dropped when it comes
+            "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer's
+            "max_model_len": -1,  # the model's own, or what the KV cache can hold
+            "enable_sleep_mode": sleep,
+            "use_tqdm_on_load": False,
+            **({"kv_cache_memory_bytes": 2 << 30} if cpu else {"gpu_memory_utilization": 0.45}),  # the rest trains
+        } | options
+        self.sleeps, self.asleep, self.version = sleep, False, 0
+        try:
+            import vllm
+
+            self.vllm, self.llm = vllm, vllm.LLM(**settings)
+            super().__init__(model, tokenizer, self.llm.model_config.max_model_len)
+            self.sync()
+        except Exception as error:  # noqa: BLE001 -- too little memory, an unknown option or model: each raises its own
+            raise InputError(
+                f"vLLM cannot start {settings['model']}: change its options with --engine-args, like "
+                f"'{{\"gpu_memory_utilization\": 0.3}}', or take --engine transformers ({one_line(error)})"
+            ) from None
+
+    @contextmanager
+    def _failures_named(self):
+        try:
+            yield
+        except Exception as error:
+            raise EngineError(f"vLLM failed: {one_line(error)}") from error
+
+    def sleep(self) -> None:
+        if self.sleeps:
+            with self._failures_named():
+                self.llm.sleep(level=1)  # weights to main memory, KV cache dropped; level 2 would lose the weights
+            self.asleep = True
+
+    def sync(self) -> None:
+        """Load the trainer's adapter. Its name, number and path are new each time: vLLM takes an adapter of a known name
+        for the old one, and its cached prefixes, computed with the old weights, for valid."""
+        self.version += 1
+        # There is no supported way to hand over tensors; this copy on disk is gone at once.
+        with self._failures_named(), tempfile.TemporaryDirectory() as folder:
+            if self.asleep:
+                torch.cuda.empty_cache()  # what the trainer's allocator holds on to, the KV cache needs
+                self.llm.wake_up()
+                self.asleep = False
+            self.model.save_pretrained(folder, save_embedding_layers=False)
+            self.adapter = self.vllm.lora.request.LoRARequest(f"policy-{self.version}", self.version, folder)
+            self.llm.llm_engine.add_lora(self.adapter)
+
+    def _generate(self, prompts: list[list[int]], policy: bool, **params) -> list:
+        inputs = [{"prompt_token_ids": ids} for ids in prompts]
+        adapter = self.adapter if policy else None
+        with self._failures_named():
+            params = self.vllm.SamplingParams(**params, detokenize=False)
+            return self.llm.generate(inputs, params, lora_request=adapter, use_tqdm=False)
+
+    def sample(
+        self, prompts, n, *, policy=True, temperature=1.0, max_new_tokens=512, top_k=0, top_p=1.0, seed=0
+    ) -> list[list[Rollout]]:
+        """As TransformersEngine.sample. The order in which vLLM batches requests moves results by rounding."""
+        encoded = self.encode_all(prompts, max_new_tokens)
+        set_seed(seed % 2**32)  # vLLM draws from the global generators; a seed for each request would be slow
+        greedy = temperature == 0  # n equal answers, for which vLLM wants to be asked once
+        outputs = self._generate(
+            encoded, policy, n=1 if greedy else n, temperature=temperature, top_k=top_k, top_p=top_p,
+            max_tokens=max_new_tokens, stop_token_ids=self.stop_ids, logprobs=0,
+        )  # fmt: skip
+        return [
+            [
+                self.rollout(list(o.token_ids), [at[i].logprob for i, at in zip(o.token_ids, o.logprobs, strict=True)], ids)
+                for o in output.outputs * (n if greedy else 1)
+            ]
+            for ids, output in zip(encoded, outputs, strict=True)
+        ]
+
+    def score(self, prompts, completions, *, policy=True) -> list[list[float]]:
+        """As TransformersEngine.score; vLLM gives log-probabilities of a prompt, so the completion is made part of it."""
+        pairs = list(zip(map(self.encode, prompts), completions, strict=True))
+        outputs = self._generate([q + o for q, o in pairs], policy, max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        return [
+            [at[i].logprob for i, at in zip(o, output.prompt_logprobs[len(q) :], strict=True)]
+            for (q, o), output in zip(pairs, outputs, strict=True)
+        ]

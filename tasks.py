@@ -1,4 +1,4 @@
-"""Where questions q come from: a task's name -> questions to train on, questions held out, and settings that suit it.
+"""What a run starts from: questions q, held-out ones, the settings that suit a task, and the model.
 
 An answer, where a question has one, is carried along for evaluation. Training reads `Question.messages` and nothing else.
 """
@@ -11,12 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY_MODEL = Path(__file__).resolve().parent / "models" / "tiny"
 
 
 class InputError(Exception):
     """Something a person can put right: one sentence, with the way out. Ends the program with exit status 2."""
+
+
+def one_line(error: Exception) -> str:
+    """An error of a library, short enough to end a sentence with."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -125,12 +131,42 @@ def _text(answer) -> str | None:
     return None if answer is None else str(answer)
 
 
+# ------------------------------------------------------------------------------------------------- models
+
+
+def load_base(name: str) -> tuple:
+    """(model, tokenizer) of a Hugging Face id or a local folder: bf16 on a GPU, float32 on a CPU. Raises InputError."""
+    gpu = torch.cuda.is_available()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if gpu else torch.float32)
+    except Exception as error:  # noqa: BLE001 -- no such id, offline, a proxy, a broken file: each raises its own
+        raise InputError(
+            f"cannot load the model {name!r}: give --model a folder with a causal language model, or the id of one on "
+            f"the Hugging Face hub and a network that reaches it ({one_line(error)})"
+        ) from None
+    if tokenizer.chat_template is None:
+        raise InputError(f"the tokenizer of {name!r} has no chat template: give --model an instruct model")
+    model = model.to("cuda" if gpu else "cpu").eval()
+    # The trainer applies the output head to chosen positions itself. A model that does more to its logits (soft-capping,
+    # a scale) would be trained on wrong probabilities, so it is refused, by trying it.
+    ids = torch.tensor([tokenizer.encode("1 + 1 = 2")], device=model.device)
+    with torch.no_grad():
+        direct = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state)
+        if not torch.allclose(direct, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
+            raise InputError(f"{name!r} changes its logits after the output head, which grpo.py does not do: use another")
+    return model, tokenizer
+
+
 def hub_model() -> tuple[str, str]:
     """(model, why): one of the paper's models where there is a GPU, else one that a CPU can train."""
     if torch.cuda.is_available():
         return "Qwen/Qwen3-4B", "the paper's model, because a GPU was found"
     return "Qwen/Qwen2.5-0.5B-Instruct", "a small model, because no GPU was found"
 
+
+# For models from the hub: a LoRA, and the memory for it on one device.
+LORA = {"model": hub_model, "lr": 3e-5, "lora_rank": 32, "gradient_checkpointing": True}
 
 # A task of your own is one more line: a loader (data file -> train, test) and the settings that suit it.
 TASKS = {
@@ -144,16 +180,17 @@ TASKS = {
             "max_new_tokens": 64,
             "lr": 5e-4,
             "lora_rank": 16,
+            "gradient_checkpointing": False,
         },
     ),
     "math500": Task(
         load_math500,
         "trained and tested on the same questions without labels, as in the paper",
-        {"model": hub_model, "steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1536, "lr": 3e-5, "lora_rank": 32},
+        LORA | {"steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1536},
     ),
     "jsonl": Task(
         load_jsonl,
         "trained and tested on the same questions without labels",
-        {"model": hub_model, "steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024, "lr": 3e-5, "lora_rank": 32},
+        LORA | {"steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024},
     ),
 }

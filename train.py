@@ -28,94 +28,14 @@ import runs
 from evaluate import describe, final_table, format_table
 from grpo import add_lora, advantages, sequence_kl, update
 from rewards import REWARDS
-from rollout import TransformersEngine, load_base
+from rollout import EngineError, TransformersEngine, VLLMEngine
+from settings import parse_arguments, settle
 from synthesize import AGGREGATORS, synthesis_messages
-from tasks import TASKS, TINY_MODEL, InputError
+from tasks import TASKS, TINY_MODEL, InputError, load_base
 
-# What no task changes. A task's own defaults are in tasks.TASKS; what the command line says goes before both.
-DEFAULTS = {
-    "task": "sums", "data": None, "seed": 0, "group_size": 8, "beta": 1e-3, "kl": "loss", "temperature": 1.0, "clip": 0.2,
-    "loss": "token", "updates_per_step": 1, "mask_truncated": False, "aggregator": "synthesis", "reward": "match",
-    "micro_batch_tokens": 4096, "eval_questions": 500,
-}  # fmt: skip
-
-
-def number(kind, low, what, strict=False, high=float("inf")):
-    """An argparse type: a `kind` from (`strict`: above) `low` to below `high`, or one sentence that says so."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
-        if not (low < value if strict else low <= value) or not value < high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return parse
-
-
-def parse_arguments(argv: list[str] | None) -> dict:
-    """What the command line says, and only that: a setting that was not given is not in the result."""
-    count, positive = number(int, 1, "a whole number from 1 up"), number(float, 0, "a number above 0", strict=True)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-
-    def flag(name, text, paper=None, **options):
-        key = name.replace("-", "_")
-        by_task = [f"{t.settings[key]} for {task}" for task, t in TASKS.items() if key in t.settings and key != "model"]
-        default = ", ".join(by_task) or DEFAULTS.get(key)
-        text += "" if default is None or default is False else f"; default: {default}"
-        parser.add_argument(f"--{name}", help=text + (f"; the paper: {paper}" if paper else ""), **options)
-
-    flag("task", "where the questions come from", choices=list(TASKS))
-    flag("data", "JSONL file: MATH-500's test.jsonl, or lines of {prompt, answer (optional)}; default: the hub for math500")
-    flag("model", "policy and anchor: tiny, a Hugging Face id, or a local folder; default: tiny for sums, else "
-         "Qwen/Qwen3-4B on a GPU or Qwen/Qwen2.5-0.5B-Instruct on a CPU", "Gemma 3 4B, Qwen 3 4B, Llama 3.1 8B")  # fmt: skip
-    flag("steps", "training steps", "at most 1000", type=count)
-    flag("seed", "of everything random", type=number(int, 0, "a whole number from 0 up", high=2**63))
-    flag("group-size", "G, rollouts per question", "8", type=number(int, 2, "a whole number from 2 up"))
-    flag("prompts-per-step", "Q, questions per step", "32", type=count)
-    flag("max-new-tokens", "longest rollout and longest reference", "1536 for MATH-500", type=count)
-    flag("temperature", "of rollouts and references", "1.0 Gemma, 0.7 Qwen and Llama", type=positive)
-    flag("aggregator", "how a reference is made from rollouts", "synthesis", choices=list(AGGREGATORS))
-    flag("reward", "how a rollout is compared with the reference", "match, for maths", choices=list(REWARDS))
-    flag("lr", "learning rate of AdamW, constant", "5e-7, full fine-tuning", type=positive)
-    flag("lora-rank", "rank of the LoRA; its alpha is twice that", "no LoRA", type=int, choices=(8, 16, 32, 64, 128))
-    flag("beta", "coefficient of the KL to the initial policy", "1e-3", type=number(float, 0, "a number from 0 up"))
-    flag("kl", "where that KL acts: a term of the loss (k3), or taken off the reward", "reward", choices=("loss", "reward"))
-    flag("clip", "epsilon, the clip ratio; acts only with several updates per step", type=positive)
-    flag("loss", "mean over all tokens of the step, or over each sequence first", "sequence", choices=("token", "sequence"))
-    flag("updates-per-step", "optimizer steps on each batch of rollouts", type=count)
-    flag("mask-truncated", "leave rollouts that were cut off out of the loss; default: they count", action="store_true")
-    flag("micro-batch-tokens", "tokens per forward and backward pass: memory, not results", type=count)
-    flag("eval-questions", "how many held-out questions the final table takes; fewer is faster", type=count)
-    flag("out", "the run's folder; default: runs/ plus task, model and time", type=Path)
-    flag("resume", "continue the run in --out with its settings; --steps may be raised; default: no", action="store_true")
-    return vars(parser.parse_args(argv))
-
-
-def settle(given: dict) -> tuple[Path, dict, bool]:
-    """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError."""
-    out, resume = given.pop("out", None), given.pop("resume", False)
-    for path in ("data", "model"):  # a run can be resumed from another folder
-        if path in given and Path(given[path]).exists():
-            given[path] = str(Path(given[path]).resolve())
-    if resume:
-        if out is None:
-            raise InputError("--resume wants --out DIR, the folder of the run to continue")
-        settings = runs.saved_settings(out)
-        for key, value in given.items():
-            if key not in ("steps", "eval_questions") and settings.get(key) != value:
-                flag = "--" + key.replace("_", "-")
-                raise InputError(f"{out} was started with {flag} {settings.get(key)}: leave {flag} out, or start a new run")
-        return out, {**settings, **given}, True
-    task = TASKS[given.get("task", DEFAULTS["task"])]
-    settings = {**DEFAULTS, **task.settings, **given}
-    if callable(settings["model"]):
-        settings["model"], why = settings["model"]()
-        print(f"model: {settings['model']} ({why}; --model names another)")
-    name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return out or Path("runs") / name, settings, False
+# Mean nats a token between engine and trainer above which a step warns. Rounding alone is far below: about 1e-6 in
+# float32 and 0.01 in bf16.
+MISMATCH = 0.05
 
 
 def seed_of(seed: int, *where) -> int:
@@ -159,10 +79,11 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, policy, opti
     clock.append(time.perf_counter())
 
     # 4. GRPO: one clipped step on the LoRA; from here on the engine samples from the new pi_t.
+    engine.sleep()
     numbers = update(
         policy, optimizer, rollouts, advantage.flatten(), clip=s.clip, beta=s.beta if s.kl == "loss" else 0.0,
         form=s.loss, temperature=s.temperature, updates=s.updates_per_step, mask_truncated=s.mask_truncated,
-        token_budget=s.micro_batch_tokens,
+        importance_cap=s.importance_cap or None, token_budget=s.micro_batch_tokens,
     )  # fmt: skip
     engine.sync()
     clock.append(time.perf_counter())
@@ -188,6 +109,9 @@ def train(s: argparse.Namespace, out: Path, questions: list, engine, policy, opt
         runs.log_step(out, step, numbers, batch, groups, references, rewards.values)
         runs.save_checkpoint(out, state, policy, optimizer)
         bar.set_postfix(reward=f"{numbers['reward']:.2f}", agreement=f"{numbers['reference/majority_agreement']:.2f}")
+        if (difference := numbers["sampling/logp_difference_mean"] or 0.0) > MISMATCH:
+            warning = f"engine and trainer differ by {difference:.2g} nats a token, more than {MISMATCH}"
+            bar.write(f"WARNING: step {step}: {warning}: other weights, or too much rounding", sys.stderr)
         if state["skipped_in_a_row"] >= 3:
             raise FloatingPointError(
                 f"the loss or its gradient was not finite in 3 steps in a row, the last one step {step}: lower --lr"
@@ -221,19 +145,25 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     if s.prompts_per_step > len(train_questions):
         raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
     base, tokenizer = load_base(str(TINY_MODEL) if s.model == "tiny" else s.model)
-    policy = add_lora(base, s.lora_rank, s.seed)
+    policy = add_lora(base, s.lora_rank, s.seed, s.gradient_checkpointing)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
-    engine = TransformersEngine(policy, tokenizer)
+    vllm = s.engine == "vllm"
+    engine = VLLMEngine(policy, tokenizer, s.engine_args, s.sleep) if vllm else TransformersEngine(policy, tokenizer)
     check_context(s, engine, train_questions + test_questions)
     state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0}
     if resume:
         state = runs.load_checkpoint(out, policy, optimizer) or state
+        engine.sync()
         runs.drop_lines_after(out, state["step"])
         runs.write_config(out, settings)  # --steps may have been raised
     else:
         runs.create(out, settings)
-    print(f"task {s.task}: {task.protocol}\nrun {out} on {policy.device}: {s.steps} steps of {s.prompts_per_step} questions "
-          f"x {s.group_size} rollouts, references by {s.aggregator}, learning rate {s.lr:g}", flush=True)  # fmt: skip
+    print(
+        f"task {s.task}: {task.protocol}\nrun {out}: {s.model} on {policy.device.type}, rollouts by {s.engine}, "
+        f"references by {s.aggregator}\n{s.steps} steps of {s.prompts_per_step} questions x {s.group_size} rollouts, "
+        f"learning rate {s.lr:g}",
+        flush=True,
+    )
 
     try:
         train(s, out, train_questions, engine, policy, optimizer, state)
@@ -243,7 +173,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
             runs.plot(out)
 
     print(f"comparing on {len(test_questions)} questions ...", flush=True)
-    sampling = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
+    sampling = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}
     rows = final_table(
         test_questions,
         partial(engine.sample, policy=False, seed=seed_of(s.seed, "before"), **sampling),
@@ -259,8 +189,12 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     print(f"{minutes:.1f} minutes, peak memory {peak:.2f} GiB; {out}/ holds the run")
 
 
+def resume_command(out: Path) -> str:
+    return shlex.join(["python", sys.argv[0], "--resume", "--out", str(out)])
+
+
 def main(argv: list[str] | None = None) -> int:
-    given = parse_arguments(argv)
+    given = parse_arguments(argv, __doc__.split("\n")[0])
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     huggingface_hub.logging.set_verbosity_error()  # without a network: our sentence, not its retries
@@ -271,15 +205,18 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
+    except EngineError as error:
+        print(f"train.py: stopped: {error}; every completed step is saved. To go on: {resume_command(out)}", file=sys.stderr)
+        return 1
     except FloatingPointError as error:
         print(f"train.py: stopped: {error}; {out}/checkpoint holds the last step", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
-        print("train.py: stopped: out of GPU memory: lower --micro-batch-tokens or --max-new-tokens", file=sys.stderr)
+        way_out = "add --gradient-checkpointing, --sleep or a smaller --micro-batch-tokens to"
+        print(f"train.py: stopped: out of GPU memory: {way_out} {resume_command(out)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        again = shlex.join(["python", sys.argv[0], "--resume", "--out", str(out)])
-        print(f"\nstopped; every completed step is saved. To go on: {again}", file=sys.stderr)
+        print(f"\nstopped; every completed step is saved. To go on: {resume_command(out)}", file=sys.stderr)
         return 130
     return 0
 

@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo import add_lora
-from rollout import TransformersEngine, load_base
-from tasks import TINY_MODEL
+from rollout import TransformersEngine
+from tasks import TINY_MODEL, load_base
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from grpo import add_lora
-from rollout import TransformersEngine, load_base
-from tasks import TINY_MODEL
+from rollout import TransformersEngine
+from tasks import TINY_MODEL, load_base
 
 
 @pytest.fixture

@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluate import correct, mean_and_error
 from grpo import add_lora
 from rewards import boxed_answer, equal
-from rollout import TransformersEngine, load_base
+from rollout import TransformersEngine
 from synthesize import majority, synthesis, synthesis_messages
-from tasks import TINY_MODEL, load_sums, sums_messages, sums_part
+from tasks import TINY_MODEL, load_base, load_sums, sums_messages, sums_part
 
 PLACES = ("ones", "tens", "hundreds", "thousands")
 LAYERS, HIDDEN, HEADS, CONTEXT = 3, 128, 4, 2048

@@ -318,8 +318,7 @@ def test_an_update_raises_what_was_rewarded_and_leaves_the_anchor_alone(policy):
 
 
 def test_lora_trains_only_float32_adapters_and_starts_as_the_base(policy):
-    from rollout import load_base
-    from tasks import TINY_MODEL
+    from tasks import TINY_MODEL, load_base
 
     base, _ = load_base(str(TINY_MODEL))
     base.bfloat16()

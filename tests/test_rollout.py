@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from rollout import Rollout, TransformersEngine, load_base
-from tasks import TINY_MODEL, InputError, load_sums
+from rollout import Rollout, TransformersEngine
+from tasks import TINY_MODEL, InputError, load_base, load_sums
 
 PROMPTS = [q.messages for q in load_sums(None)[1][:6]] + [[{"role": "user", "content": "What is 12 + 3? Be quick, please."}]]
 
@@ -110,10 +110,11 @@ def test_the_anchor_is_the_base_and_the_adapter_is_on_again_afterwards(engine):
 @pytest.mark.parametrize("adapter", [True, False])
 def test_score_gives_the_logprobs_of_a_given_completion(engine, adapter):
     o = engine.sample(PROMPTS[:1], 1, policy=adapter, max_new_tokens=12, seed=4)[0][0]
-    by_ids, by_text = engine.score([PROMPTS[0]] * 2, [o.ids, "ones: 1+2=3"], policy=adapter)
-    assert by_ids == pytest.approx(o.logprobs, abs=1e-3)
-    assert len(by_text) == len(engine.tokenizer.encode("ones: 1+2=3"))
-    assert all(lp <= 0 and math.isfinite(lp) for lp in by_text)
+    given = engine.tokenizer.encode("ones: 1+2=3")
+    sampled, other = engine.score([PROMPTS[0]] * 2, [o.ids, given], policy=adapter)
+    assert sampled == pytest.approx(o.logprobs, abs=1e-3)
+    assert len(other) == len(given)
+    assert all(lp <= 0 and math.isfinite(lp) for lp in other)
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused(engine):

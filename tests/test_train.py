@@ -19,8 +19,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import train
-from rollout import load_base
-from tasks import TASKS, TINY_MODEL, load_sums
+from settings import DEFAULTS
+from tasks import TASKS, TINY_MODEL, load_base, load_sums
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--prompts-per-step 4 --group-size 4 --eval-questions 6 --max-new-tokens 48".split()
@@ -63,7 +63,7 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_everything_that_a_reader_needs(straight, capsys):
     config = json.loads((straight / "config.json").read_text())
-    assert set(config["settings"]) == set(train.DEFAULTS) | set(TASKS["sums"].settings)
+    assert set(config["settings"]) == set(DEFAULTS) | set(TASKS["sums"].settings)
     assert config["settings"]["steps"] == 6
     assert set(config["versions"]) == {"torch", "transformers", "peft", "math-verify"}
     assert "commit" in config
@@ -179,7 +179,7 @@ def test_each_stage_of_the_algorithm_asks_whom_it_should(engine, policy):
         def sync(self):
             calls.append("sync")
 
-    s = argparse.Namespace(**{**train.DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9})
+    s = argparse.Namespace(**{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9})
     optimizer = torch.optim.AdamW([p for p in policy[0].parameters() if p.requires_grad], lr=1e-3)
     train.cat_step(s, 0, load_sums(None)[0][:3], Spy(), policy[0], optimizer)
     assert calls == [("pi_t", 3, 4, 0.9), ("pi_0", 3, 1, 0.9), "sync"]
@@ -326,11 +326,11 @@ def test_help_explains_every_setting_with_default_and_paper(capsys):
         train.main(["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for key in [*train.DEFAULTS, "steps", "model", "lr", "out", "resume"]:
+    for key in [*DEFAULTS, "steps", "model", "lr", "out", "resume"]:
         assert "--" + key.replace("_", "-") in text
     assert "the paper: 5e-7" in text
     assert f"default: {TASKS['sums'].settings['lr']} for sums" in text
-    settings = {*train.DEFAULTS, *TASKS["sums"].settings, "out", "resume"}
+    settings = {*DEFAULTS, *TASKS["sums"].settings, "out", "resume"}
     assert text.count("default: ") == len(settings)
 
 

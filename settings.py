@@ -1,0 +1,176 @@
+"""The command line: every flag with its help, what it defaults to, and what a resumed run may still change.
+
+A setting comes from the command line, else from the task (tasks.TASKS), else from DEFAULTS; `settle` puts them together.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import runs
+from rewards import REWARDS
+from synthesize import AGGREGATORS
+from tasks import TASKS, InputError, one_line
+
+# What no task changes. A task's own defaults are in tasks.TASKS; what the command line says goes before both.
+DEFAULTS = {
+    "task": "sums", "data": None, "seed": 0, "group_size": 8, "beta": 1e-3, "kl": "loss", "temperature": 1.0, "clip": 0.2,
+    "loss": "token", "updates_per_step": 1, "mask_truncated": False, "aggregator": "synthesis", "reward": "match",
+    "micro_batch_tokens": 4096, "eval_questions": 500, "engine": "auto", "engine_args": {}, "sleep": False,
+    "importance_cap": 2.0,
+}  # fmt: skip
+
+# What a resumed run may change: how far it goes, and what moves memory or work but not results (beyond rounding).
+MAY_CHANGE = (
+    "steps", "eval_questions", "engine", "engine_args", "sleep", "micro_batch_tokens", "gradient_checkpointing",
+)  # fmt: skip
+
+# How the final table samples: the paper's settings, by a part of the model's name (its table of hyper-parameters).
+EVAL_SAMPLING = {
+    "gemma": {"temperature": 1.0, "top_k": 64, "top_p": 0.95},
+    "qwen": {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    "llama": {"temperature": 0.7, "top_k": 50, "top_p": 0.9},
+}
+
+
+def number(kind, low, what, strict=False, high=sys.float_info.max):
+    """An argparse type: a `kind` from (`strict`: above) `low` to `high`, or one sentence that says so."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not (low < value if strict else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+        return value
+
+    return parse
+
+
+def json_object(text):
+    """An argparse type: a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object like '{{\"name\": 1}}'")
+    return value
+
+
+def eval_sampling(given: dict, model: str, temperature: float) -> dict:
+    """The final table's sampling: what --eval-sampling says over the model family's. Raises InputError.
+
+    >>> eval_sampling({"temperature": 0.6}, "Qwen/Qwen3-4B", 1.0)
+    {'temperature': 0.6, 'top_k': 20, 'top_p': 0.8}
+    """
+    family = next((f for f in EVAL_SAMPLING if f in Path(model).name.lower()), None)
+    settings = EVAL_SAMPLING.get(family, {"temperature": temperature, "top_k": 0, "top_p": 1.0}) | given
+    if len(settings) > 3 or not all(isinstance(value, int | float) for value in settings.values()):
+        raise InputError(f"--eval-sampling {json.dumps(given)}: it takes numbers for temperature, top_k and top_p")
+    if not (0 <= settings["temperature"] <= 2 and settings["top_k"] in range(10**9) and 0 < settings["top_p"] <= 1):
+        raise InputError(
+            f"--eval-sampling {json.dumps(given)}: temperature is 0 to 2, top_k a count, top_p above 0, at most 1"
+        )
+    return settings
+
+
+def parse_arguments(argv: list[str] | None, description: str) -> dict:
+    """What the command line says, and only that: a setting that was not given is not in the result."""
+    count, positive = number(int, 1, "a whole number from 1 up"), number(float, 0, "a number above 0", strict=True)
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+
+    def flag(name, text, paper=None, **options):
+        key = name.replace("-", "_")
+        by_task = [f"{t.settings[key]} for {task}" for task, t in TASKS.items() if key in t.settings and key != "model"]
+        default = ", ".join(by_task) or DEFAULTS.get(key)
+        text += "" if default is None or default is False or default == {} else f"; default: {default}"
+        parser.add_argument(f"--{name}", help=text + (f"; the paper: {paper}" if paper else ""), **options)
+
+    flag("task", "where the questions come from", choices=list(TASKS))
+    flag("data", "JSONL file: MATH-500's test.jsonl, or lines of {prompt, answer (optional)}; default: the hub for math500")
+    flag("model", "policy and anchor: tiny, a Hugging Face id, or a local folder; default: tiny for sums, else "
+         "Qwen/Qwen3-4B on a GPU or Qwen/Qwen2.5-0.5B-Instruct on a CPU", "Gemma 3 4B, Qwen 3 4B, Llama 3.1 8B")  # fmt: skip
+    flag("steps", "training steps", "at most 1000", type=count)
+    flag("seed", "of everything random", type=number(int, 0, "a whole number from 0 up", high=2**63 - 1))
+    flag("group-size", "G, rollouts per question", "8", type=number(int, 2, "a whole number from 2 up"))
+    flag("prompts-per-step", "Q, questions per step", "32", type=count)
+    flag("max-new-tokens", "longest rollout and longest reference", "1536 for MATH-500", type=count)
+    flag("temperature", "of rollouts and references", "1.0 Gemma, 0.7 Qwen and Llama",
+         type=number(float, 0, "a number above 0, at most 2", strict=True, high=2))  # fmt: skip
+    flag("aggregator", "how a reference is made from rollouts", "synthesis", choices=list(AGGREGATORS))
+    flag("reward", "how a rollout is compared with the reference", "match, for maths", choices=list(REWARDS))
+    flag("lr", "learning rate of AdamW, constant", "5e-7, full fine-tuning", type=positive)
+    flag("lora-rank", "rank of the LoRA; its alpha is twice that", "no LoRA", type=int, choices=(8, 16, 32, 64, 128))
+    flag("beta", "coefficient of the KL to the initial policy", "1e-3", type=number(float, 0, "a number from 0 up"))
+    flag("kl", "where that KL acts: a term of the loss (k3), or taken off the reward", "reward", choices=("loss", "reward"))
+    flag("clip", "epsilon, the clip ratio; acts only with several updates per step", type=positive)
+    flag("loss", "mean over all tokens of the step, or over each sequence first", "sequence", choices=("token", "sequence"))
+    flag("updates-per-step", "optimizer steps on each batch of rollouts", type=count)
+    flag("mask-truncated", "leave rollouts that were cut off out of the loss; default: they count", action="store_true")
+    flag("micro-batch-tokens", "tokens per forward and backward pass: memory, not results", type=count)
+    flag("gradient-checkpointing", "recompute each layer in the backward pass: a third more work there, far less memory",
+         action=argparse.BooleanOptionalAction)  # fmt: skip
+    flag("importance-cap", "C: a token's gradient is weighted by min(C, trainer's / engine's probability); 0: no weights",
+         type=number(float, 0, "a number from 0 up"))  # fmt: skip
+    flag("engine", "what samples: vllm, transformers, or auto: vllm where it is installed for the device that trains",
+         choices=("auto", "vllm", "transformers"))  # fmt: skip
+    flag("engine-args", "JSON for vllm.LLM, like '{\"gpu_memory_utilization\": 0.5}'; default: none", type=json_object)
+    flag("sleep", "free vLLM's GPU memory during the update; default: it keeps it", action="store_true")
+    flag("eval-sampling", "JSON with temperature, top_k and top_p of the final table; default: the paper's by the model's "
+         "name, else --temperature, untruncated", type=json_object)  # fmt: skip
+    flag("eval-questions", "how many held-out questions the final table takes; fewer is faster", type=count)
+    flag("out", "the run's folder; default: runs/ plus task, model and time", type=Path)
+    flag("resume", "continue the run in --out with its settings; --steps may be raised; default: no", action="store_true")
+    return vars(parser.parse_args(argv))
+
+
+def installed_engine() -> tuple[str, str]:
+    """(engine, why) for --engine auto: vLLM where it is installed for the device that trains, else transformers."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if importlib.util.find_spec("vllm") is None:
+        return "transformers", "vLLM is not installed: pip install -r requirements-gpu.txt"
+    try:
+        from vllm.platforms import current_platform
+
+        found = current_platform.device_type
+    except Exception as error:  # noqa: BLE001 -- half an installation fails in many ways
+        return "transformers", f"vLLM is installed and cannot be imported: {one_line(error)}"
+    if found != device:
+        return "transformers", f"vLLM is installed for {found or 'no device that is here'}, and the model is on the {device}"
+    return "vllm", f"it is installed for the {device}"
+
+
+def settle(given: dict) -> tuple[Path, dict, bool]:
+    """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError."""
+    out, resume = given.pop("out", None), given.pop("resume", False)
+    for path in ("data", "model"):  # a run can be resumed from another folder
+        if path in given and Path(given[path]).exists():
+            given[path] = str(Path(given[path]).resolve())
+    if resume:
+        if out is None:
+            raise InputError("--resume wants --out DIR, the folder of the run to continue")
+        settings = runs.saved_settings(out)
+        for key, value in given.items():
+            if key not in MAY_CHANGE and settings.get(key) != value:
+                flag = "--" + key.replace("_", "-")
+                raise InputError(f"{out} was started with {flag} {settings.get(key)}: leave {flag} out, or start a new run")
+        return out, {**settings, **given}, True
+    task = TASKS[given.get("task", DEFAULTS["task"])]
+    settings = {**DEFAULTS, **task.settings, **given}
+    if callable(settings["model"]):
+        settings["model"], why = settings["model"]()
+        print(f"model: {settings['model']} ({why}; --model names another)")
+    sampling = eval_sampling(given.get("eval_sampling", {}), settings["model"], settings["temperature"])
+    settings["eval_sampling"] = sampling
+    if settings["engine"] == "auto":
+        settings["engine"], why = installed_engine()
+        print(f"engine: {settings['engine']} ({why}; --engine takes another)", flush=True)
+    name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return out or Path("runs") / name, settings, False
