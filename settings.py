@@ -147,6 +147,14 @@ def installed_engine() -> tuple[str, str]:
     return "vllm", f"it is installed for the {device}"
 
 
+def check_engine(settings: dict) -> None:
+    """Raises InputError where the engine cannot be had, or was given what is not for it."""
+    if settings["engine"] == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise InputError("vLLM is not installed: pip install -r requirements-gpu.txt, or take --engine transformers")
+    if settings["engine"] == "transformers" and (settings["engine_args"] or settings["sleep"]):
+        raise InputError("--engine-args and --sleep are for vLLM, and the engine is transformers: leave them out")
+
+
 def settle(given: dict) -> tuple[Path, dict, bool]:
     """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError."""
     out, resume = given.pop("out", None), given.pop("resume", False)
@@ -161,16 +169,20 @@ def settle(given: dict) -> tuple[Path, dict, bool]:
             if key not in MAY_CHANGE and settings.get(key) != value:
                 flag = "--" + key.replace("_", "-")
                 raise InputError(f"{out} was started with {flag} {settings.get(key)}: leave {flag} out, or start a new run")
-        return out, {**settings, **given}, True
+        if given.get("engine") == "transformers":  # what was said to vLLM is not for it
+            settings |= {"engine_args": {}, "sleep": False}
+        settings |= given
+        check_engine(settings)
+        return out, settings, True
     task = TASKS[given.get("task", DEFAULTS["task"])]
     settings = {**DEFAULTS, **task.settings, **given}
     if callable(settings["model"]):
         settings["model"], why = settings["model"]()
         print(f"model: {settings['model']} ({why}; --model names another)")
-    sampling = eval_sampling(given.get("eval_sampling", {}), settings["model"], settings["temperature"])
-    settings["eval_sampling"] = sampling
+    settings["eval_sampling"] = eval_sampling(given.get("eval_sampling", {}), settings["model"], settings["temperature"])
     if settings["engine"] == "auto":
         settings["engine"], why = installed_engine()
         print(f"engine: {settings['engine']} ({why}; --engine takes another)", flush=True)
+    check_engine(settings)
     name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return out or Path("runs") / name, settings, False

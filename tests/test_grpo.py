@@ -10,6 +10,7 @@ import torch
 import grpo
 from grpo import advantages, micro_batches, policy_loss, sequence_kl, token_logprobs, update
 from rollout import Rollout
+from tasks import TINY_MODEL, load_base
 
 PROMPTS = [[0, 10, 11, 12, 3, 1], [0, 10, 11, 3, 1], [0, 20, 21, 22, 23, 3, 1], [0, 10, 3, 1]]
 COMPLETIONS = [[30, 31, 3], [40, 41, 42, 43, 44, 3], [50, 3], [60, 61, 62, 63]]
@@ -206,6 +207,50 @@ def test_the_gradient_of_an_update_equals_float64_autograd(policy, form):
     assert (ours.double() - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_importance_weights_are_truncated_and_weigh_the_surrogate_alone(policy, updates):
+    """min(C, trainer's / engine's probability) on every token of the surrogate, not on the KL; against float64 autograd."""
+    model = policy[0].double()
+    off = torch.linspace(-1.5, 1.5, 15, dtype=torch.float64).split([len(o.ids) for o in batch()])
+    exact = [token_logprobs(model, [o.prompt_ids], [o.ids], temperature=1.0)[0][0].detach() for o in batch()]
+    rollouts = [replace(o, logprobs=(x + d).tolist()) for o, x, d in zip(batch(), exact, off, strict=True)]
+    settings = {"importance_cap": 2.0, "beta": 0.05, "updates": updates, "token_budget": 20}
+    ours = one_update(model, rollouts, A, **settings)[1][-1]
+
+    model.zero_grad()
+    losses = []
+    for o, a, d in zip(rollouts, A.double(), off, strict=True):
+        new = token_logprobs(model, [o.prompt_ids], [o.ids], temperature=1.0)[0][0]
+        with torch.no_grad(), model.disable_adapter():
+            ref = token_logprobs(model, [o.prompt_ids], [o.ids], temperature=1.0)[0][0]
+        weights = torch.exp(-d).clamp(max=2.0)
+        losses.append(-weights * torch.exp(new - new.detach()) * a + 0.05 * (torch.exp(ref - new) - (ref - new) - 1))
+    (torch.cat(losses).sum() / 15).backward()
+    expected = gradient(model)
+    assert (ours - expected).norm() / expected.norm() < 1e-5
+    assert any((torch.exp(-d) > 2).any() for d in off)  # some weights are truncated
+    unweighted = one_update(model, rollouts, A, **settings | {"importance_cap": None})[1][-1]
+    assert (unweighted - expected).norm() / expected.norm() > 0.1
+
+
+def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient():
+    grads, calls = [], []
+    for checkpointing in (False, True):
+        base, _ = load_base(str(TINY_MODEL))
+        model = grpo.add_lora(base, 8, seed=0, checkpointing=checkpointing).double()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        count = []
+        base.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        grads.append(one_update(model, batch(), A, beta=0.0, token_budget=10_000)[1][0])
+        calls.append(len(count))
+    assert calls == [1, 2]
+    assert (grads[1] - grads[0]).norm() / grads[0].norm() < 1e-9
+
+
 def test_the_gradient_does_not_depend_on_micro_batches(policy):
     model = policy[0].double()  # the rule is about the formula: in float32 rounding alone is 1e-6
     grads = [one_update(model, batch(), A, token_budget=budget)[1][0] for budget in (1, 25, 10_000)]
@@ -318,8 +363,6 @@ def test_an_update_raises_what_was_rewarded_and_leaves_the_anchor_alone(policy):
 
 
 def test_lora_trains_only_float32_adapters_and_starts_as_the_base(policy):
-    from tasks import TINY_MODEL, load_base
-
     base, _ = load_base(str(TINY_MODEL))
     base.bfloat16()
     ids = torch.tensor([PROMPTS[0]])

@@ -63,6 +63,23 @@ def test_first_tokens_follow_the_models_distribution(engine, temperature):
     assert (counts[likely] > 0).all()
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(4, 1.0), (0, 0.6), (3, 0.9)])
+def test_evaluation_samples_come_from_the_truncated_distribution(engine, top_k, top_p):
+    """Temperature, then top-k, then top-p, as the model cards mean it; log-probabilities are of what is left."""
+    sizes = []
+    for o in engine.sample(PROMPTS[:1], 40, temperature=2.0, top_k=top_k, top_p=top_p, max_new_tokens=12, seed=1)[0]:
+        logits = logits_of(engine.model, o.prompt_ids + o.ids)[len(o.prompt_ids) - 1 : -1]
+        for token, logprob, row in zip(o.ids, o.logprobs, logits, strict=True):
+            p, order = torch.softmax(row / 2.0, -1).sort(descending=True)
+            p[top_k or len(p) :] = 0
+            p = p / p.sum()
+            p[p.cumsum(0) - p >= top_p] = 0  # the token that crosses top_p is still in
+            left = {int(k): float(x) for k, x in zip(order, p / p.sum(), strict=True) if x > 0}
+            assert math.exp(logprob) == pytest.approx(left[token], rel=1e-3)
+            sizes.append(len(left))
+    assert 1 < max(sizes) < 100  # there was something left to choose from, and something cut off
+
+
 def test_the_same_seed_gives_the_same_rollouts_and_another_gives_others(engine):
     torch.rand(3)  # global randomness does not matter
     draw = lambda seed: [[o.ids for o in group] for group in engine.sample(PROMPTS, 2, max_new_tokens=20, seed=seed)]  # noqa: E731

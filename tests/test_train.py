@@ -1,6 +1,7 @@
 """Whole runs of the real command on the real tiny model: what they write, survive, refuse, and never read."""
 
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import train
-from settings import DEFAULTS
+from settings import DEFAULTS, eval_sampling, installed_engine
 from tasks import TASKS, TINY_MODEL, load_base, load_sums
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def straight(tmp_path_factory):
 
 def test_a_run_leaves_everything_that_a_reader_needs(straight, capsys):
     config = json.loads((straight / "config.json").read_text())
-    assert set(config["settings"]) == set(DEFAULTS) | set(TASKS["sums"].settings)
+    assert set(config["settings"]) == {*DEFAULTS, *TASKS["sums"].settings, "eval_sampling"}
     assert config["settings"]["steps"] == 6
     assert set(config["versions"]) == {"torch", "transformers", "peft", "math-verify"}
     assert "commit" in config
@@ -176,13 +177,16 @@ def test_each_stage_of_the_algorithm_asks_whom_it_should(engine, policy):
             calls.append(("pi_t" if policy else "pi_0", len(prompts), n, sampling["temperature"]))
             return engine.sample(prompts, n, policy=policy, **sampling)
 
+        def sleep(self):
+            calls.append("sleep")
+
         def sync(self):
             calls.append("sync")
 
     s = argparse.Namespace(**{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9})
     optimizer = torch.optim.AdamW([p for p in policy[0].parameters() if p.requires_grad], lr=1e-3)
     train.cat_step(s, 0, load_sums(None)[0][:3], Spy(), policy[0], optimizer)
-    assert calls == [("pi_t", 3, 4, 0.9), ("pi_0", 3, 1, 0.9), "sync"]
+    assert calls == [("pi_t", 3, 4, 0.9), ("pi_0", 3, 1, 0.9), "sleep", "sync"]
 
 
 # ------------------------------------------------------------------------------------------------- what it survives
@@ -308,6 +312,16 @@ def test_an_existing_run_is_never_overwritten(straight, tmp_path, capsys):
         ("--resume", "--out"),
         ("--resume --out nowhere", "no run to resume"),
         ("--out /proc/nowhere/run", "cannot write"),
+        ("--temperature 2.1", "at most 2"),
+        ("--engine nothing", "invalid choice"),
+        ("--engine-args [1]", "not a JSON object"),
+        ("--engine-args {", "not a JSON object"),
+        ('--engine transformers --engine-args {"max_num_seqs":1}', "are for vLLM"),
+        ("--engine transformers --sleep", "are for vLLM"),
+        ('--eval-sampling {"top_q":1}', "takes numbers for"),
+        ('--eval-sampling {"top_k":"many"}', "takes numbers for"),
+        ('--eval-sampling {"top_p":0}', "above 0"),
+        ("--importance-cap -1", "0 up"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_status_2(arguments, sentence, capsys, tmp_path, monkeypatch):
@@ -321,6 +335,33 @@ def test_resuming_with_another_setting_is_refused(straight, capsys):
     assert "--lr" in refused(["--resume", "--out", str(straight), "--lr", "0.5"], capsys)
 
 
+def test_what_changes_no_result_may_change_when_a_run_is_resumed(straight, tmp_path):
+    out = tmp_path / "run"
+    assert train.main([*SMALL, "--steps", "2", "--out", str(out)]) == 0
+    again = ["--micro-batch-tokens", "200", "--gradient-checkpointing", "--engine", "transformers"]
+    assert train.main(["--resume", "--out", str(out), "--steps", "3", *again]) == 0
+    expected = metrics(straight)[2]
+    for name, value in metrics(out)[2].items():
+        assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    assert json.loads((out / "config.json").read_text())["settings"]["gradient_checkpointing"] is True
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_auto_says_so_and_asking_for_it_is_refused(capsys, tmp_path):
+    assert installed_engine()[0] == "transformers"
+    assert "not installed" in installed_engine()[1]
+    assert "requirements-gpu.txt" in refused(["--engine", "vllm", "--out", str(tmp_path / "run")], capsys)
+
+
+def test_the_final_table_samples_as_the_paper_does_for_its_models():
+    """The paper's table of hyper-parameters; a part that is given goes before it."""
+    table = {"google/gemma-3-4b-it": (1.0, 64, 0.95), "Qwen/Qwen3-4B": (0.7, 20, 0.8)}
+    table |= {"meta-llama/Llama-3.1-8B-Instruct": (0.7, 50, 0.9), "tiny": (1.3, 0, 1.0), "/home/llama/mine": (1.3, 0, 1.0)}
+    for name, values in table.items():
+        assert tuple(eval_sampling({}, name, 1.3).values()) == values
+    assert eval_sampling({"top_k": 5}, "Qwen/Qwen3-4B", 1.3) == {"temperature": 0.7, "top_k": 5, "top_p": 0.8}
+
+
 def test_help_explains_every_setting_with_default_and_paper(capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--help"])
@@ -330,7 +371,7 @@ def test_help_explains_every_setting_with_default_and_paper(capsys):
         assert "--" + key.replace("_", "-") in text
     assert "the paper: 5e-7" in text
     assert f"default: {TASKS['sums'].settings['lr']} for sums" in text
-    settings = {*DEFAULTS, *TASKS["sums"].settings, "out", "resume"}
+    settings = {*DEFAULTS, *TASKS["sums"].settings, "eval_sampling", "out", "resume"}
     assert text.count("default: ") == len(settings)
 
 
