@@ -11,6 +11,7 @@ No line of it reads a label. Labels, where a task has them, are read by evaluate
 """
 
 import argparse
+import itertools
 import random
 import resource
 import shlex
@@ -65,7 +66,7 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, policy, opti
     clock.append(time.perf_counter())
 
     # 2. Reference estimation: s from o_1..o_G, by the frozen anchor pi_0.                   Q references
-    ask_anchor = anchor_sampler(engine, sampling, seed_of(s.seed, step, "references"))
+    ask_anchor = anchor_sampler(engine, sampling, s.seed, step)
     references = AGGREGATORS[s.aggregator](groups, ask_anchor)
     clock.append(time.perf_counter())
 
@@ -118,9 +119,15 @@ def train(s: argparse.Namespace, out: Path, questions: list, engine, policy, opt
             )
 
 
-def anchor_sampler(engine, settings: dict, seed: int):
-    """What an aggregator gets to ask with: prompts -> one completion each, from pi_0."""
-    return lambda prompts: [group[0] for group in engine.sample(prompts, 1, policy=False, seed=seed, **settings)]
+def anchor_sampler(engine, settings: dict, seed: int, where):
+    """What asks pi_0: prompts -> one completion each. Asked again, it draws anew."""
+    calls = itertools.count()
+
+    def sample(prompts):
+        drawn = engine.sample(prompts, 1, policy=False, seed=seed_of(seed, where, "anchor", next(calls)), **settings)
+        return [group[0] for group in drawn]
+
+    return sample
 
 
 def check_context(s: argparse.Namespace, engine, questions: list) -> None:
@@ -178,7 +185,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
         test_questions,
         partial(engine.sample, policy=False, seed=seed_of(s.seed, "before"), **sampling),
         partial(engine.sample, policy=True, seed=seed_of(s.seed, "after"), **sampling),
-        lambda groups: AGGREGATORS[s.aggregator](groups, anchor_sampler(engine, sampling, seed_of(s.seed, "final"))),
+        lambda groups: AGGREGATORS[s.aggregator](groups, anchor_sampler(engine, sampling, s.seed, "final")),
         s.group_size,
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux; without the answer checker's 0.3 GiB
