@@ -53,7 +53,8 @@ def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> to
     shaped = rewards if penalty is None else rewards - penalty  # (Q, G)
     centred = shaped - shaped.mean(dim=1, keepdim=True)  # (Q, G)
     scale = rewards.std(dim=1, keepdim=True)  # (Q, 1); of the task's rewards alone; n - 1, as TRL and verl do
-    return torch.where(spread[:, None] < EQUAL_REWARDS, torch.zeros_like(centred), centred / scale)
+    differ = spread >= EQUAL_REWARDS  # (Q,); False where a reward is NaN, so such a group teaches nothing
+    return torch.where(differ[:, None], centred / scale, torch.zeros_like(centred))
 
 
 def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,7 +196,7 @@ def update(
     max_grad_norm: float = 1.0,
     token_budget: int = 4096,
 ) -> dict[str, float]:
-    """`updates` optimizer steps on one batch of rollouts. Returns numbers for the log, averaged over the whole step.
+    """`updates` optimizer steps, or none, on one batch of rollouts. Returns numbers for the log, averages of the step.
 
     `rollouts` are as in rollout.py; the batch is cut into micro-batches of at most `token_budget` tokens.
     `beta` 0 means no KL term in the loss: then pi_0 is never run, and rollouts whose advantage is 0 (all rewards of
@@ -285,8 +286,8 @@ def update(
         return sums[name] / seen_tokens if seen_tokens else None
 
     return {
-        "loss": sums["loss"] / updates,
-        "grad_norm": sums["grad_norm"] / updates,
+        "loss": sums["loss"] / max(updates, 1),
+        "grad_norm": sums["grad_norm"] / max(updates, 1),
         "kl": per_token("kl") if beta else None,
         "entropy": per_token("entropy"),
         "clip_ratio": per_token("clip_ratio"),

@@ -201,13 +201,17 @@ def _serve() -> None:
 
 @dataclass(frozen=True)
 class Rewards:
-    """R(o_i; s) for a step. `values`: (Q, G) float32. `stats`: numbers for the log, of this reward's own choosing."""
+    """R(o_i; s) for a step. `values`: (Q, G) float32, NaN where no reward can be given: then the whole group teaches
+    nothing. `stats`: numbers for the log, of this reward's own choosing."""
 
     values: torch.Tensor
     stats: dict[str, float] = field(default_factory=dict)
+    details: list[dict] = field(default_factory=list)  # for each question, what rollouts.jsonl is to hold of it
 
 
-def match(groups: Sequence[Sequence[Rollout]], references: Sequence[Reference]) -> Rewards:
+def match(
+    groups: Sequence[Sequence[Rollout]], references: Sequence[Reference], batch=None, sample=None, judge=None
+) -> Rewards:
     """1 where the rollout's boxed answer equals the reference's, else 0 (paper, verifiable rewards).
 
     `groups`: Q questions with G rollouts each; `references`: Q. A reference without an answer rewards nobody:
@@ -219,8 +223,11 @@ def match(groups: Sequence[Sequence[Rollout]], references: Sequence[Reference]) 
     return Rewards(torch.tensor(rows, dtype=torch.float32), stats)  # (Q, G)
 
 
-# --reward NAME. A reward is any function (groups, references) -> Rewards; add yours here.
-REWARDS = {"match": match}
+def penalise_length(rewards: Rewards, groups: Sequence[Sequence[Rollout]], limit: int | None) -> None:
+    """R - 1 for rollouts above `limit` tokens: rubrics reward every further fact, so answers grow (paper, HealthBench)."""
+    if limit is not None:
+        rewards.values.sub_(torch.tensor([[float(len(o.ids) > limit) for o in group] for group in groups]))
+
 
 if __name__ == "__main__":
     _serve()

@@ -62,7 +62,7 @@ class Engine:
     def encode_all(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[list[int]]:
         """Token ids of each prompt. Raises InputError if one of them and its completion would not fit the context."""
         encoded = [self.encode(messages) for messages in prompts]
-        longest = max(map(len, encoded))
+        longest = max(map(len, encoded), default=0)
         if longest + max_new_tokens > self.context:
             raise InputError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {self.context} "
@@ -96,22 +96,15 @@ class TransformersEngine(Engine):
 
     @torch.no_grad()
     def sample(
-        self,
-        prompts: Sequence[Messages],
-        n: int,
-        *,
-        policy: bool = True,
-        temperature: float = 1.0,
-        max_new_tokens: int = 512,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> list[list[Rollout]]:
+        self, prompts: Sequence[Messages], n: int, *, policy: bool = True, temperature: float = 1.0,
+        max_new_tokens: int = 512, top_k: int = 0, top_p: float = 1.0, seed: int = 0, choices: Sequence[str] = (),
+    ) -> list[list[Rollout]]:  # fmt: skip
         """`n` rollouts for each of `prompts`: result[q][i] is the i-th of prompts[q], whatever order they ran in.
 
         `policy=False` samples from the anchor pi_0. `temperature` 0 is greedy. `top_k` (0: off) and `top_p` are for
         evaluation alone: truncated samples come from another distribution than the one whose gradient is taken. The
         result is a function of the arguments and the weights: all randomness is a generator seeded with `seed`.
+        `choices` are the only texts that are allowed; vLLM can enforce that, this engine leaves it to the prompt.
 
         Raises InputError if a prompt and `max_new_tokens` do not fit the model's context, and FloatingPointError if the
         logits are not finite.
@@ -271,15 +264,16 @@ class VLLMEngine(Engine):
             return self.llm.generate(inputs, params, lora_request=adapter, use_tqdm=False)
 
     def sample(
-        self, prompts, n, *, policy=True, temperature=1.0, max_new_tokens=512, top_k=0, top_p=1.0, seed=0
+        self, prompts, n, *, policy=True, temperature=1.0, max_new_tokens=512, top_k=0, top_p=1.0, seed=0, choices=()
     ) -> list[list[Rollout]]:
         """As TransformersEngine.sample. The order in which vLLM batches requests moves results by rounding."""
         encoded = self.encode_all(prompts, max_new_tokens)
         set_seed(seed % 2**32)  # vLLM draws from the global generators; a seed for each request would be slow
+        only = self.vllm.sampling_params.StructuredOutputsParams(choice=list(choices)) if choices else None
         greedy = temperature == 0  # n equal answers, for which vLLM wants to be asked once
         outputs = self._generate(
             encoded, policy, n=1 if greedy else n, temperature=temperature, top_k=top_k, top_p=top_p,
-            max_tokens=max_new_tokens, stop_token_ids=self.stop_ids, logprobs=0,
+            max_tokens=max_new_tokens, stop_token_ids=self.stop_ids, logprobs=0, structured_outputs=only,
         )  # fmt: skip
         return [
             [

@@ -2,8 +2,10 @@
 
 config.json      every setting, the git commit, the versions
     metrics.jsonl    one line a step
-    rollouts.jsonl   one line a question and step: q, o_1..o_G, s, R
-    checkpoint/      state.pt: the newest completed step
+    rollouts.jsonl   one line a question and step: q, o_1..o_G, s, R; with rubrics the criteria, verdicts and judge's texts
+    split.json       which questions were held out, where the task names them
+    judge.jsonl      every answer of a judge behind a server, so that none is paid for twice
+    checkpoint/      state.pt: the newest completed step; best.pt: the one with the best validation score
     adapter/         the LoRA, for peft.PeftModel.from_pretrained
     results.json     the final table;  curves.png: reward, true accuracy, KL, completion length
 """
@@ -11,6 +13,7 @@ config.json      every setting, the git commit, the versions
 import json
 import math
 import os
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -35,12 +38,13 @@ def append(path: Path, rows: list[dict]) -> None:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def log_step(out: Path, step: int, numbers: dict, batch, groups, references, rewards: torch.Tensor) -> None:
-    """One step's lines in the logs: what a reading group wants to read, and the numbers. `rewards` (Q, G)."""
-    rows = [
-        {"step": step, "question": q.messages, "rollouts": [o.text for o in group], "reference": s.text, "rewards": r}
-        for q, group, s, r in zip(batch, groups, references, rewards.tolist(), strict=True)
-    ]
+def log_step(out: Path, step: int, numbers: dict, batch, groups, references, rewards) -> None:
+    """One step's lines in the logs: what a reading group wants to read (with rubrics: every verdict), and the numbers."""
+    rows = []
+    for i, (q, group, s) in enumerate(zip(batch, groups, references, strict=True)):
+        values = [None if math.isnan(r) else r for r in rewards.values[i].tolist()]
+        row = {"step": step, "question": q.messages, "rollouts": [o.text for o in group], "reference": s.text}
+        rows.append(row | {"rewards": values} | (rewards.details[i] if rewards.details else {}))
     append(out / "rollouts.jsonl", rows)
     append(out / "metrics.jsonl", [{"step": step, **numbers}])
 
@@ -90,9 +94,17 @@ def save_checkpoint(out: Path, state: dict, model, optimizer) -> None:
     os.replace(temporary, out / "checkpoint" / "state.pt")
 
 
-def load_checkpoint(out: Path, model, optimizer) -> dict | None:
-    """Put weights and optimizer back and return the rest of the state; None if no step had been completed."""
-    path = out / "checkpoint" / "state.pt"
+def keep_best(out: Path) -> None:
+    """The newest checkpoint is the best so far: keep a copy of it."""
+    shutil.copy(out / "checkpoint" / "state.pt", out / "checkpoint" / "best.tmp")
+    os.replace(out / "checkpoint" / "best.tmp", out / "checkpoint" / "best.pt")
+
+
+def load_checkpoint(out: Path, model, optimizer, best: bool = False) -> dict | None:
+    """Put weights and optimizer back and return the rest of the state; None if no step had been completed. `best`: of
+    the best validation, where there was one."""
+    kept = out / "checkpoint" / "best.pt"
+    path = kept if best and kept.exists() else out / "checkpoint" / "state.pt"
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     if state:
         parameters = dict(model.named_parameters())

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import runs
-from rewards import REWARDS
+from rubrics import REWARDS
 from synthesize import AGGREGATORS
 from tasks import TASKS, InputError, one_line
 
@@ -22,12 +22,14 @@ DEFAULTS = {
     "task": "sums", "data": None, "seed": 0, "group_size": 8, "beta": 1e-3, "kl": "loss", "temperature": 1.0, "clip": 0.2,
     "loss": "token", "updates_per_step": 1, "mask_truncated": False, "aggregator": "synthesis", "reward": "match",
     "micro_batch_tokens": 4096, "eval_questions": 500, "engine": "auto", "engine_args": {}, "sleep": False,
-    "importance_cap": 2.0,
+    "importance_cap": 2.0, "length_limit": None, "judge": "anchor", "judge_url": "https://api.openai.com/v1",
+    "judge_model": None, "judge_concurrency": 32, "validate_every": 0, "validation_questions": 100, "patience": 5,
 }  # fmt: skip
 
 # What a resumed run may change: how far it goes, and what moves memory or work but not results (beyond rounding).
 MAY_CHANGE = (
     "steps", "eval_questions", "engine", "engine_args", "sleep", "micro_batch_tokens", "gradient_checkpointing",
+    "judge_url", "judge_concurrency",
 )  # fmt: skip
 
 # How the final table samples: the paper's settings, by a part of the model's name (its table of hyper-parameters).
@@ -89,12 +91,13 @@ def parse_arguments(argv: list[str] | None, description: str) -> dict:
     def flag(name, text, paper=None, **options):
         key = name.replace("-", "_")
         by_task = [f"{t.settings[key]} for {task}" for task, t in TASKS.items() if key in t.settings and key != "model"]
-        default = ", ".join(by_task) or DEFAULTS.get(key)
-        text += "" if default is None or default is False or default == {} else f"; default: {default}"
+        value = DEFAULTS.get(key)
+        general = [] if value is None or value is False or value == {} else [str(value)]
+        text += f"; default: {', '.join(general + by_task)}" if general + by_task else ""
         parser.add_argument(f"--{name}", help=text + (f"; the paper: {paper}" if paper else ""), **options)
 
     flag("task", "where the questions come from", choices=list(TASKS))
-    flag("data", "JSONL file: MATH-500's test.jsonl, or lines of {prompt, answer (optional)}; default: the hub for math500")
+    flag("data", "JSONL file: MATH-500's or HealthBench's, or lines of {prompt, answer (optional)}; default: from the hub")
     flag("model", "policy and anchor: tiny, a Hugging Face id, or a local folder; default: tiny for sums, else "
          "Qwen/Qwen3-4B on a GPU or Qwen/Qwen2.5-0.5B-Instruct on a CPU", "Gemma 3 4B, Qwen 3 4B, Llama 3.1 8B")  # fmt: skip
     flag("steps", "training steps", "at most 1000", type=count)
@@ -105,7 +108,17 @@ def parse_arguments(argv: list[str] | None, description: str) -> dict:
     flag("temperature", "of rollouts and references", "1.0 Gemma, 0.7 Qwen and Llama",
          type=number(float, 0, "a number above 0, at most 2", strict=True, high=2))  # fmt: skip
     flag("aggregator", "how a reference is made from rollouts", "synthesis", choices=list(AGGREGATORS))
-    flag("reward", "how a rollout is compared with the reference", "match, for maths", choices=list(REWARDS))
+    flag("reward", "how a rollout is compared with the reference", "match for maths, else rubric", choices=list(REWARDS))
+    flag("length-limit", "tokens above which a rollout's reward is lowered by 1; otherwise none", type=count)
+    flag("judge", "who marks rollouts: the frozen anchor, or a server that speaks the OpenAI protocol", "GPT-4o",
+         choices=("anchor", "server"))  # fmt: skip
+    flag("judge-url", "of that server; the key is read from OPENAI_API_KEY")
+    flag("judge-model", "the judge's name there; default: none, so --judge server wants it")
+    flag("judge-concurrency", "calls to that server at a time", type=count)
+    flag("validate-every", "steps between validations, which read labels to keep the best adapter; 0: none",
+         "early stopping on HealthBench", type=number(int, 0, "a whole number from 0 up"))  # fmt: skip
+    flag("validation-questions", "how many training questions are kept for validation, at most one in ten", type=count)
+    flag("patience", "validations without a better score before the run ends", type=count)
     flag("lr", "learning rate of AdamW, constant", "5e-7, full fine-tuning", type=positive)
     flag("lora-rank", "rank of the LoRA; its alpha is twice that", "no LoRA", type=int, choices=(8, 16, 32, 64, 128))
     flag("beta", "coefficient of the KL to the initial policy", "1e-3", type=number(float, 0, "a number from 0 up"))
@@ -147,12 +160,20 @@ def installed_engine() -> tuple[str, str]:
     return "vllm", f"it is installed for the {device}"
 
 
-def check_engine(settings: dict) -> None:
-    """Raises InputError where the engine cannot be had, or was given what is not for it."""
+def check(settings: dict) -> None:
+    """Raises InputError for settings that do not go together."""
     if settings["engine"] == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("vLLM is not installed: pip install -r requirements-gpu.txt, or take --engine transformers")
     if settings["engine"] == "transformers" and (settings["engine_args"] or settings["sleep"]):
         raise InputError("--engine-args and --sleep are for vLLM, and the engine is transformers: leave them out")
+    if settings["judge"] == "server" and not settings["judge_model"]:
+        raise InputError("--judge server wants --judge-model, the name of the judge at --judge-url")
+    if settings["aggregator"] == "majority" and settings["reward"] != "match":
+        raise InputError("--aggregator majority counts boxed answers, which only --reward match asks for: take another")
+    if settings["task"] == "healthbench" and settings["reward"] == "match":
+        raise InputError("--reward match compares boxed answers, and HealthBench has none: take another")
+    if settings["task"] != "healthbench" and settings["reward"] == "physician":
+        raise InputError("--reward physician wants physicians' rubrics, which only --task healthbench has: take another")
 
 
 def settle(given: dict) -> tuple[Path, dict, bool]:
@@ -172,7 +193,7 @@ def settle(given: dict) -> tuple[Path, dict, bool]:
         if given.get("engine") == "transformers":  # what was said to vLLM is not for it
             settings |= {"engine_args": {}, "sleep": False}
         settings |= given
-        check_engine(settings)
+        check(settings)
         return out, settings, True
     task = TASKS[given.get("task", DEFAULTS["task"])]
     settings = {**DEFAULTS, **task.settings, **given}
@@ -183,6 +204,6 @@ def settle(given: dict) -> tuple[Path, dict, bool]:
     if settings["engine"] == "auto":
         settings["engine"], why = installed_engine()
         print(f"engine: {settings['engine']} ({why}; --engine takes another)", flush=True)
-    check_engine(settings)
+    check(settings)
     name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return out or Path("runs") / name, settings, False

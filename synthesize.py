@@ -21,6 +21,13 @@ Compare them step by step, keep what is right at every step, and write one compl
 Do not mention the attempts. End with the final answer in \\boxed{}."""
 
 
+# For open-ended questions: nothing to box, and nothing to vote on.
+FREEFORM_PROMPT = """Below are independent responses to the same message, which you are not shown. Each may be wrong, \
+incomplete or unclear in a different place. Where they contradict each other, keep what is best supported; put together \
+what is right and useful in any of them; leave out what only one of them says without support. Write one complete \
+response, in the same language, addressed to the same reader. Do not mention the responses."""
+
+
 @dataclass(frozen=True)
 class Reference:
     """The pseudo-reference s of one question: never a label, only what was made of its rollouts."""
@@ -30,23 +37,25 @@ class Reference:
     tokens: int = 0  # generated for it, beyond the rollouts themselves
 
 
-def synthesis_messages(attempts: Sequence[str]) -> list[dict[str, str]]:
+def synthesis_messages(attempts: Sequence[str], boxed: bool = True) -> list[dict[str, str]]:
     """The chat that asks the anchor for s: the instruction, then every attempt between tags; q is not in it."""
-    blocks = [f"<attempt>\n{text}\n</attempt>" for text in attempts]
-    return [{"role": "user", "content": "\n\n".join([SYNTHESIS_PROMPT, *blocks])}]
+    name, prompt = ("attempt", SYNTHESIS_PROMPT) if boxed else ("response", FREEFORM_PROMPT)
+    blocks = [f"<{name}>\n{text}\n</{name}>" for text in attempts]
+    return [{"role": "user", "content": "\n\n".join([prompt, *blocks])}]
 
 
-def synthesis(groups: Sequence[Sequence[Rollout]], sample: Callable) -> list[Reference]:
-    """s is a new text by the anchor. `sample(prompts)` asks pi_0 for one completion of each prompt.
+def synthesis(groups: Sequence[Sequence[Rollout]], sample: Callable, boxed: bool = True) -> list[Reference]:
+    """s is a new text by the anchor. `sample(prompts)` asks pi_0 for one completion of each prompt; `boxed`: the rollouts
+    end with an answer in \\boxed{}, and so shall s.
 
     The anchor is sampled like the rollouts are, at their temperature: then the comparison of s with a rollout
     shows what reading the others was worth, and not what a lower temperature was worth.
     """
-    written = sample([synthesis_messages([o.text for o in group]) for group in groups])
+    written = sample([synthesis_messages([o.text for o in group], boxed) for group in groups])
     return [Reference(w.text, w.finish_reason, len(w.ids)) for w in written]
 
 
-def majority(groups: Sequence[Sequence[Rollout]], sample: Callable | None = None) -> list[Reference]:
+def majority(groups: Sequence[Sequence[Rollout]], sample: Callable | None = None, boxed: bool = True) -> list[Reference]:
     """s is the first rollout that has the most common final answer (TTRL). Equal answers are grouped by `equal`.
 
     The first class of answers to appear wins a tie. Rollouts without an answer do not vote; if none has one, s is
@@ -69,10 +78,10 @@ def majority(groups: Sequence[Sequence[Rollout]], sample: Callable | None = None
     return references
 
 
-def single(groups: Sequence[Sequence[Rollout]], sample: Callable) -> list[Reference]:
+def single(groups: Sequence[Sequence[Rollout]], sample: Callable, boxed: bool = True) -> list[Reference]:
     """s is the first rollout: the control that shows what aggregation adds, and how a loop feeds on its own errors."""
     return [Reference(group[0].text, group[0].finish_reason) for group in groups]
 
 
-# --aggregator NAME. An aggregator is any function (groups, sample) -> references; add yours here.
+# --aggregator NAME. An aggregator is any function (groups, sample, boxed) -> references; add yours here.
 AGGREGATORS = {"synthesis": synthesis, "majority": majority, "single": single}

@@ -27,25 +27,28 @@ def one_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """One question q. `messages` is the chat that the policy answers; `answer` is the label, for evaluation alone."""
+    """One question q. `messages` is the chat that the policy answers; the rest are labels, for evaluation alone: the true
+    `answer`, or the physicians' `rubric` of (criterion, points)."""
 
     messages: list[dict[str, str]]
     answer: str | None = None
+    rubric: tuple[tuple[str, float], ...] | None = None
+    id: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
     """A task: how to load it, and the defaults of the settings that depend on it."""
 
-    load: Callable[[Path | None], tuple[list[Question], list[Question]]]  # data file -> (train, test)
+    load: Callable[[Path | None, bool], tuple[list[Question], list[Question]]]  # data file, boxed -> (train, test)
     protocol: str  # one line for the log: what is trained on, what is tested on
     settings: dict = field(default_factory=dict)  # setting -> value, or a function that finds it
 
 
-def ask(problem: str) -> list[dict[str, str]]:
-    """The chat for a problem in words, to be answered in \\boxed{}."""
-    instruction = "Reason step by step, and put your final answer within \\boxed{}."
-    return [{"role": "user", "content": f"{problem}\n\n{instruction}"}]
+def ask(problem: str, boxed: bool = True) -> list[dict[str, str]]:
+    """The chat for a problem in words; `boxed`: to be answered in \\boxed{}."""
+    instruction = "\n\nReason step by step, and put your final answer within \\boxed{}."
+    return [{"role": "user", "content": problem + instruction * boxed}]
 
 
 # ------------------------------------------------------------------------------------------------- sums
@@ -63,7 +66,7 @@ def sums_messages(a: int, b: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"What is {a} + {b}?"}]
 
 
-def load_sums(data: Path | None) -> tuple[list[Question], list[Question]]:
+def load_sums(data: Path | None, boxed: bool = True) -> tuple[list[Question], list[Question]]:
     """Sums of two four-digit numbers: 4096 to train on and 500 held out, the same ones in every run."""
     if data:
         raise InputError("--task sums makes its own questions: leave --data out, or use --task jsonl")
@@ -103,28 +106,51 @@ def read_jsonl(path: Path, needed: str) -> list[dict]:
     return rows
 
 
-def load_math500(data: Path | None) -> tuple[list[Question], list[Question]]:
-    """MATH-500. As in the paper (and TTRL), the policy trains on the very questions it is tested on, without labels."""
-    if data is None:
-        from huggingface_hub import hf_hub_download
+def hub_file(repository: str, name: str) -> Path:
+    """A data file from the Hugging Face hub. Raises InputError."""
+    from huggingface_hub import hf_hub_download
 
-        try:
-            data = Path(hf_hub_download("HuggingFaceH4/MATH-500", "test.jsonl", repo_type="dataset"))
-        except Exception as error:  # noqa: BLE001 -- offline, a proxy, a time-out: each library below raises its own
-            raise InputError(
-                "cannot fetch HuggingFaceH4/MATH-500 from the Hugging Face hub "
-                f"({type(error).__name__}): connect to the network, or give the file with --data test.jsonl"
-            ) from None
+    try:
+        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+    except Exception as error:  # noqa: BLE001 -- offline, a proxy, a time-out: each library below raises its own
+        raise InputError(
+            f"cannot fetch {repository} from the Hugging Face hub ({type(error).__name__}): connect to the network, or "
+            f"give the file with --data {name}"
+        ) from None
+
+
+def load_math500(data: Path | None, boxed: bool = True) -> tuple[list[Question], list[Question]]:
+    """MATH-500. As in the paper (and TTRL), the policy trains on the very questions it is tested on, without labels."""
+    data = data or hub_file("HuggingFaceH4/MATH-500", "test.jsonl")
     questions = [Question(ask(row["problem"]), _text(row.get("answer"))) for row in read_jsonl(data, "problem")]
     return questions, questions
 
 
-def load_jsonl(data: Path | None) -> tuple[list[Question], list[Question]]:
-    """Anyone's questions: {"prompt": ...} with an optional "answer". Trained and tested on the same, as MATH-500."""
+def load_jsonl(data: Path | None, boxed: bool = True) -> tuple[list[Question], list[Question]]:
+    """Anyone's questions: {"prompt": ...} with an optional "answer". Trained and tested on the same, as MATH-500.
+
+    `boxed`: they have a final answer, and are asked for it in \\boxed{}; else they are asked as they stand.
+    """
     if data is None:
         raise InputError('--task jsonl wants --data FILE, a JSONL file of {"prompt": ..., "answer": ... (optional)}')
-    questions = [Question(ask(row["prompt"]), _text(row.get("answer"))) for row in read_jsonl(data, "prompt")]
+    questions = [Question(ask(row["prompt"], boxed), _text(row.get("answer"))) for row in read_jsonl(data, "prompt")]
     return questions, questions
+
+
+def load_healthbench(data: Path | None, boxed: bool = True) -> tuple[list[Question], list[Question]]:
+    """HealthBench: conversations that end with a user's turn, and physicians' rubrics. One in ten (500) is held out."""
+    data = data or hub_file("openai/healthbench", "2025-05-07-06-14-12_oss_eval.jsonl")
+    questions = []
+    for number, row in enumerate(read_jsonl(data, "prompt_id"), start=1):
+        try:
+            messages = [{"role": m["role"], "content": m["content"]} for m in row["prompt"]]
+            rubric = tuple((r["criterion"], float(r["points"])) for r in row["rubrics"])
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{data}, row {number}: wants HealthBench's prompt and rubrics; mend or remove it") from None
+        questions.append(Question(messages, rubric=rubric, id=row["prompt_id"]))
+    random.Random(0).shuffle(questions)  # a fixed split: the same whatever --seed is
+    held_out = max(1, len(questions) // 10)
+    return questions[held_out:], questions[:held_out]
 
 
 def _text(answer) -> str | None:
@@ -192,5 +218,12 @@ TASKS = {
         load_jsonl,
         "trained and tested on the same questions without labels",
         LORA | {"steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024},
+    ),
+    "healthbench": Task(
+        load_healthbench,
+        "trained without labels on nine tenths, tested on the others by the physicians' rubrics, which choose the step too",
+        LORA
+        | {"steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1024, "reward": "rubric", "length_limit": 750}
+        | {"validate_every": 20, "eval_questions": 100},
     ),
 }

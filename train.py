@@ -12,6 +12,7 @@ No line of it reads a label. Labels, where a task has them, are read by evaluate
 
 import argparse
 import itertools
+import math
 import random
 import resource
 import shlex
@@ -26,10 +27,11 @@ import transformers
 from tqdm import tqdm
 
 import runs
-from evaluate import describe, final_table, format_table
+from evaluate import correct, describe, final_table, format_table, healthbench_mean, mean_and_error
 from grpo import add_lora, advantages, sequence_kl, update
-from rewards import REWARDS
+from rewards import penalise_length
 from rollout import EngineError, TransformersEngine, VLLMEngine
+from rubrics import MAX_UNKNOWN, REWARDS, JudgeError, anchor_judge, physician_scores, server_judge
 from settings import parse_arguments, settle
 from synthesize import AGGREGATORS, synthesis_messages
 from tasks import TASKS, TINY_MODEL, InputError, load_base
@@ -56,7 +58,7 @@ def batch_of(questions: list, size: int, step: int, seed: int) -> list:
     return batch
 
 
-def cat_step(s: argparse.Namespace, step: int, batch: list, engine, policy, optimizer):
+def cat_step(s: argparse.Namespace, step: int, batch: list, engine, judge, policy, optimizer):
     """One step of Algorithm 1 on Q questions: (groups, references, rewards, what happened in numbers)."""
     sampling = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
     clock = [time.perf_counter()]
@@ -67,11 +69,13 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, policy, opti
 
     # 2. Reference estimation: s from o_1..o_G, by the frozen anchor pi_0.                   Q references
     ask_anchor = anchor_sampler(engine, sampling, s.seed, step)
-    references = AGGREGATORS[s.aggregator](groups, ask_anchor)
+    references = AGGREGATORS[s.aggregator](groups, ask_anchor, boxed(s))
     clock.append(time.perf_counter())
 
     # 3. Reward derivation: R(o_i; s).                                                       (Q, G)
-    rewards = REWARDS[s.reward](groups, references)
+    rewards = REWARDS[s.reward](groups, references, batch, ask_anchor, judge)
+    penalise_length(rewards, groups, s.length_limit)
+    trusted = rewards.stats.get("judge/unknown_rate", 0.0) <= MAX_UNKNOWN
     rollouts, kl = [o for group in groups for o in group], None
     if s.kl == "reward" and s.beta:  # R - beta KL, the paper's setting; the default has the KL in the loss
         kl = sequence_kl(policy, rollouts, temperature=s.temperature, token_budget=s.micro_batch_tokens)  # (Q*G,)
@@ -83,8 +87,8 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, policy, opti
     engine.sleep()
     numbers = update(
         policy, optimizer, rollouts, advantage.flatten(), clip=s.clip, beta=s.beta if s.kl == "loss" else 0.0,
-        form=s.loss, temperature=s.temperature, updates=s.updates_per_step, mask_truncated=s.mask_truncated,
-        importance_cap=s.importance_cap or None, token_budget=s.micro_batch_tokens,
+        form=s.loss, temperature=s.temperature, updates=s.updates_per_step if trusted else 0,
+        mask_truncated=s.mask_truncated, importance_cap=s.importance_cap or None, token_budget=s.micro_batch_tokens,
     )  # fmt: skip
     engine.sync()
     clock.append(time.perf_counter())
@@ -97,19 +101,34 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, policy, opti
     return groups, references, rewards, numbers
 
 
-def train(s: argparse.Namespace, out: Path, questions: list, engine, policy, optimizer, state: dict) -> None:
+def train(
+    s: argparse.Namespace, out: Path, questions: list, engine, judge, policy, optimizer, state: dict, validate
+) -> None:
     """Steps state["step"]..s.steps. After each, the run's folder holds all that the next one needs."""
     bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step")
     for step in bar:
         batch = batch_of(questions, s.prompts_per_step, step, s.seed)
-        groups, references, rewards, numbers = cat_step(s, step, batch, engine, policy, optimizer)
+        groups, references, rewards, numbers = cat_step(s, step, batch, engine, judge, policy, optimizer)
         state["step"] = step + 1
         state["num_tokens"] += sum(len(o.ids) for group in groups for o in group) + sum(r.tokens for r in references)
         state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if numbers["update/skipped"] else 0
         numbers["num_tokens"] = state["num_tokens"]
-        runs.log_step(out, step, numbers, batch, groups, references, rewards.values)
+        better = False
+        if s.validate_every and (step + 1) % s.validate_every == 0:
+            numbers["validation/score"] = score = validate()
+            better = score is not None and score > state["best_score"]
+            state |= {"best_score": score, "since_best": 0} if better else {"since_best": state["since_best"] + 1}
+        runs.log_step(out, step, numbers, batch, groups, references, rewards)
         runs.save_checkpoint(out, state, policy, optimizer)
-        bar.set_postfix(reward=f"{numbers['reward']:.2f}", agreement=f"{numbers['reference/majority_agreement']:.2f}")
+        if better:
+            runs.keep_best(out)
+        shown = {"reward": numbers["reward"], "agreement": numbers["reference/majority_agreement"]}
+        bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None and value == value})
+        if (unknown := numbers.get("judge/unknown_rate", 0.0)) > MAX_UNKNOWN:
+            bar.write(f"WARNING: step {step}: {unknown:.0%} of the verdicts are unknown: no update", sys.stderr)
+        if s.validate_every and state["since_best"] >= s.patience:
+            bar.write(f"stopping early: no better validation score in the last {s.patience}")
+            return
         if (difference := numbers["sampling/logp_difference_mean"] or 0.0) > MISMATCH:
             warning = f"engine and trainer differ by {difference:.2g} nats a token, more than {MISMATCH}"
             bar.write(f"WARNING: step {step}: {warning}: other weights, or too much rounding", sys.stderr)
@@ -117,6 +136,11 @@ def train(s: argparse.Namespace, out: Path, questions: list, engine, policy, opt
             raise FloatingPointError(
                 f"the loss or its gradient was not finite in 3 steps in a row, the last one step {step}: lower --lr"
             )
+
+
+def boxed(s: argparse.Namespace) -> bool:
+    """Whether answers are to end in \\boxed{}: only then can they be compared without a judge."""
+    return s.reward == "match"
 
 
 def anchor_sampler(engine, settings: dict, seed: int, where):
@@ -134,7 +158,7 @@ def check_context(s: argparse.Namespace, engine, questions: list) -> None:
     """Refuse before the first step what would not fit in the middle of a run. Raises InputError."""
     longest = max(len(engine.encode(q.messages)) for q in questions) + s.max_new_tokens
     if s.aggregator == "synthesis":  # the anchor reads all G rollouts, at worst all of full length, and writes its own
-        frame = len(engine.encode(synthesis_messages([""] * s.group_size)))
+        frame = len(engine.encode(synthesis_messages([""] * s.group_size, boxed(s))))
         longest = max(longest, frame + (s.group_size + 1) * s.max_new_tokens)
     if longest > engine.context:
         raise InputError(
@@ -147,8 +171,14 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     """One whole run: load, train, compare, plot."""
     s, started = argparse.Namespace(**settings), time.perf_counter()
     task = TASKS[s.task]
-    train_questions, test_questions = task.load(s.data and Path(s.data))
+    train_questions, test_questions = task.load(s.data and Path(s.data), boxed(s))
     test_questions = test_questions[: s.eval_questions]
+    kept = min(s.validation_questions, len(train_questions) // 10) if s.validate_every else 0
+    if s.validate_every and not kept:
+        raise InputError(
+            f"{len(train_questions)} questions are too few to keep one in ten for validation: --validate-every 0"
+        )
+    train_questions, validation = train_questions[kept:], train_questions[:kept]
     if s.prompts_per_step > len(train_questions):
         raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
     base, tokenizer = load_base(str(TINY_MODEL) if s.model == "tiny" else s.model)
@@ -157,7 +187,10 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     vllm = s.engine == "vllm"
     engine = VLLMEngine(policy, tokenizer, s.engine_args, s.sleep) if vllm else TransformersEngine(policy, tokenizer)
     check_context(s, engine, train_questions + test_questions)
-    state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0}
+    judge = anchor_judge(engine)
+    if s.judge == "server":
+        judge = server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
+    state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "best_score": -math.inf, "since_best": 0}
     if resume:
         state = runs.load_checkpoint(out, policy, optimizer) or state
         engine.sync()
@@ -165,6 +198,9 @@ def run(out: Path, settings: dict, resume: bool) -> None:
         runs.write_config(out, settings)  # --steps may have been raised
     else:
         runs.create(out, settings)
+    split = {"train": train_questions, "validation": validation, "test": test_questions}
+    if any(q.id for q in test_questions):
+        runs.write_json(out / "split.json", {name: [q.id for q in part] for name, part in split.items()})
     print(
         f"task {s.task}: {task.protocol}\nrun {out}: {s.model} on {policy.device.type}, rollouts by {s.engine}, "
         f"references by {s.aggregator}\n{s.steps} steps of {s.prompts_per_step} questions x {s.group_size} rollouts, "
@@ -172,27 +208,38 @@ def run(out: Path, settings: dict, resume: bool) -> None:
         flush=True,
     )
 
+    sampling = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}
+    sample_policy = partial(engine.sample, policy=True, seed=seed_of(s.seed, "after"), **sampling)
+    judged = bool(test_questions) and test_questions[0].rubric is not None
+    score = partial(physician_scores, judge=judge) if judged else correct
+
+    def validate() -> float | None:
+        texts = [[o.text for o in group] for group in sample_policy([q.messages for q in validation], 1)]
+        mean, _ = (healthbench_mean if judged else mean_and_error)(score(validation, texts))
+        return None if math.isnan(mean) else mean
+
     try:
-        train(s, out, train_questions, engine, policy, optimizer, state)
-    finally:  # also after Ctrl-C, perhaps in the middle of an update: the adapter is that of the last completed step
-        if runs.load_checkpoint(out, policy, optimizer):
+        train(s, out, train_questions, engine, judge, policy, optimizer, state, validate)
+    finally:  # also after Ctrl-C, perhaps in the middle of an update: the adapter is that of a completed step
+        if runs.load_checkpoint(out, policy, optimizer, best=True):
             policy.save_pretrained(out / "adapter", save_embedding_layers=False)
             runs.plot(out)
 
     print(f"comparing on {len(test_questions)} questions ...", flush=True)
-    sampling = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}
+    engine.sync()  # the best adapter may not be the last
     rows = final_table(
         test_questions,
         partial(engine.sample, policy=False, seed=seed_of(s.seed, "before"), **sampling),
-        partial(engine.sample, policy=True, seed=seed_of(s.seed, "after"), **sampling),
-        lambda groups: AGGREGATORS[s.aggregator](groups, anchor_sampler(engine, sampling, s.seed, "final")),
+        sample_policy,
+        lambda groups: AGGREGATORS[s.aggregator](groups, anchor_sampler(engine, sampling, s.seed, "final"), boxed(s)),
         s.group_size,
+        score,
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux; without the answer checker's 0.3 GiB
     minutes = (time.perf_counter() - started) / 60
     result = {"rows": rows, "questions": len(test_questions), "minutes": minutes, "peak_gib": peak}
     runs.write_json(out / "results.json", result)
-    print(f"\n{format_table(rows, len(test_questions))}\n")
+    print(f"\n{format_table(rows, len(test_questions), judged)}\n")
     print(f"{minutes:.1f} minutes, peak memory {peak:.2f} GiB; {out}/ holds the run")
 
 
@@ -212,7 +259,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    except EngineError as error:
+    except (EngineError, JudgeError) as error:
         print(f"train.py: stopped: {error}; every completed step is saved. To go on: {resume_command(out)}", file=sys.stderr)
         return 1
     except FloatingPointError as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import rewards
+import rubrics
 import synthesize
 import tasks
 from rollout import Rollout
@@ -30,16 +30,16 @@ def run_snippet(module, table):
 
 
 def test_the_aggregator():
-    assert run_snippet(synthesize, "AGGREGATORS")(GROUPS, None) == [synthesize.Reference("\\boxed{0.5}")]
+    assert run_snippet(synthesize, "AGGREGATORS")(GROUPS, None, True) == [synthesize.Reference("\\boxed{0.5}")]
 
 
 def test_the_reward():
-    values = run_snippet(rewards, "REWARDS")(GROUPS, [synthesize.Reference("\\boxed{0.5}")]).values
+    values = run_snippet(rubrics, "REWARDS")(GROUPS, [synthesize.Reference("\\boxed{0.5}")], None, None, None).values
     assert torch.equal(values, torch.tensor([[0.0, 1.0, 0.0]]))
 
 
 def test_the_task():
-    train, test = run_snippet(tasks, "TASKS").load(None)
+    train, test = run_snippet(tasks, "TASKS").load(None, True)
     assert len(train) + len(test) == 90 * 90
     assert "What is 10 times 10?" in train[0].messages[0]["content"]
     assert train[0].answer == "100"

@@ -58,12 +58,16 @@ def test_synthesis_asks_the_frozen_anchor(engine):
     """Through the real engine: the references do not change when the policy does."""
     groups = engine.sample([q.messages for q in load_sums(None)[1][:3]], 4, max_new_tokens=48, seed=0)
 
-    ask = anchor_sampler(engine, {"max_new_tokens": 48, "temperature": 1.0}, seed=1)  # the one that training uses
-    before = synthesis(groups, ask)
+    def ask():  # the one that training uses, with the same seed each time
+        return anchor_sampler(engine, {"max_new_tokens": 48, "temperature": 1.0}, 1, "test")
+
+    before = synthesis(groups, ask())
     for name, parameter in engine.model.named_parameters():
         if "lora_B" in name:
             parameter.data.mul_(5)
-    assert synthesis(groups, ask) == before
+    assert synthesis(groups, ask()) == before
+    asked_twice = ask()
+    assert synthesis(groups, asked_twice) != synthesis(groups, asked_twice)  # asked again, it draws anew
     assert all(s.tokens > 0 for s in before)
     for group in groups:
         (message,) = synthesis_messages([o.text for o in group])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from tasks import InputError, load_jsonl, load_math500, load_sums, sums_part
+from tasks import InputError, load_healthbench, load_jsonl, load_math500, load_sums, sums_part
 
 MATH500 = Path(__file__).resolve().parents[2] / "shared" / "data" / "math500.jsonl"
 
@@ -114,3 +114,48 @@ def test_model_default_depends_on_the_machine(monkeypatch):
     assert tasks.hub_model()[0] == "Qwen/Qwen3-4B"
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert tasks.hub_model()[0] == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+# ------------------------------------------------------------------------------------------------- HealthBench
+
+HEALTHBENCH = MATH500.parent / "healthbench_sample.jsonl"
+
+
+def health_row(n):
+    turns = [{"role": "user", "content": f"Question {n}"}, {"role": "assistant", "content": "Which?"}]
+    prompt = [*turns, {"role": "user", "content": "That."}]
+    rubric = [{"criterion": "Says so", "points": 5, "tags": []}, {"criterion": "Harms", "points": -8, "tags": []}]
+    return json.dumps({"prompt_id": f"id{n}", "prompt": prompt, "rubrics": rubric})
+
+
+def test_healthbench_is_split_once_and_for_all(tmp_path):
+    data = write(tmp_path / "h.jsonl", *(health_row(n) for n in range(50)))
+    train, test = load_healthbench(data)
+    assert (len(train), len(test)) == (45, 5)
+    assert {q.id for q in train} | {q.id for q in test} == {f"id{n}" for n in range(50)}
+    assert [q.id for q in test] == [q.id for q in load_healthbench(data)[1]]
+    assert [q.id for q in train + test] != [f"id{n}" for n in range(50)]  # not the file's order
+    assert train[0].rubric == (("Says so", 5.0), ("Harms", -8.0))
+    assert [m["role"] for m in train[0].messages] == ["user", "assistant", "user"]
+    assert "boxed" not in str(train[0].messages)
+
+
+@pytest.mark.parametrize("broken", ['{"prompt_id": "x"}', '{"prompt_id": "x", "prompt": [], "rubrics": [{"points": 3}]}'])
+def test_a_broken_healthbench_row_is_named(broken, tmp_path):
+    with pytest.raises(InputError, match="row 2"):
+        load_healthbench(write(tmp_path / "h.jsonl", health_row(1), broken))
+
+
+@pytest.mark.skipif(not HEALTHBENCH.exists(), reason="no HealthBench sample here")
+def test_the_real_healthbench_rows_load():
+    train, test = load_healthbench(HEALTHBENCH)
+    assert (len(train), len(test)) == (18, 2)
+    rows = [json.loads(line) for line in HEALTHBENCH.read_text(encoding="utf-8").split("\n") if line]
+    expected = {row["prompt_id"]: sum(r["points"] for r in row["rubrics"]) for row in rows}
+    assert {q.id: sum(p for _, p in q.rubric) for q in train + test} == expected
+    assert all(q.messages[-1]["role"] == "user" and q.answer is None for q in train + test)
+
+
+def test_open_ended_questions_are_asked_as_they_stand(tmp_path):
+    train, _ = load_jsonl(write(tmp_path / "q.jsonl", '{"prompt": "Write a poem."}'), boxed=False)
+    assert train[0].messages == [{"role": "user", "content": "Write a poem."}]

@@ -129,7 +129,7 @@ def test_training_never_reads_labels(straight, tmp_path, monkeypatch):
         "shuffled": ([replace(q, answer=a) for q, a in zip(questions, answers, strict=True)], test),
     }
     for name, world in worlds.items():
-        monkeypatch.setitem(TASKS, "sums", replace(TASKS["sums"], load=lambda data, world=world: world))
+        monkeypatch.setitem(TASKS, "sums", replace(TASKS["sums"], load=lambda data, boxed, world=world: world))
         assert train.main([*SMALL, "--steps", "6", "--out", str(tmp_path / name)]) == 0
         assert same(adapter(tmp_path / name), adapter(straight)), name
     assert metrics(straight)[0]["accuracy/rollouts"] > 0.1
@@ -185,7 +185,7 @@ def test_each_stage_of_the_algorithm_asks_whom_it_should(engine, policy):
 
     s = argparse.Namespace(**{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9})
     optimizer = torch.optim.AdamW([p for p in policy[0].parameters() if p.requires_grad], lr=1e-3)
-    train.cat_step(s, 0, load_sums(None)[0][:3], Spy(), policy[0], optimizer)
+    train.cat_step(s, 0, load_sums(None)[0][:3], Spy(), None, policy[0], optimizer)
     assert calls == [("pi_t", 3, 4, 0.9), ("pi_0", 3, 1, 0.9), "sleep", "sync"]
 
 

@@ -1,0 +1,228 @@
+"""Whole runs whose rewards come from a judge: a real HTTP server on this machine, the real client, the tiny model."""
+
+import json
+import math
+import threading
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+import evaluate
+import train
+from evaluate import healthbench_mean
+from rewards import Rewards, penalise_length
+from rollout import Rollout
+
+SMALL = "--model tiny --task healthbench --prompts-per-step 3 --group-size 3 --max-new-tokens 24 --eval-questions 2".split()
+SMALL += ["--judge", "server", "--judge-model", "strict"]
+
+
+class Judge(ThreadingHTTPServer):
+    """Its verdict is a function of the prompt, so that mistaken identities would show; or it always says `answer`."""
+
+    def __init__(self, answer=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.calls, self.lock = answer, [], threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        with self.server.lock:
+            self.server.calls.append(prompt)
+        text = self.server.answer or ("yes" if zlib.crc32(prompt.encode()) % 2 else "no")
+        status = 200 if text != "refuse" else 404
+        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
+        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "strict", "choices": [message]}
+        data = json.dumps(reply if status == 200 else {"error": {"message": "no such model"}}).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def judge():
+    servers = []
+
+    def make(answer=None):
+        servers.append(Judge(answer))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def data(tmp_path):
+    rubric = [{"criterion": c, "points": p} for c, p in (("Is kind", 5), ("Is right", 10), ("Is rude", -4))]
+    rows = [
+        {"prompt_id": f"q{n}", "prompt": [{"role": "user", "content": f"{n} + 1?"}], "rubrics": rubric} for n in range(30)
+    ]
+    path = tmp_path / "health.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(judge, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    server, out = judge(), tmp_path / "run"
+    arguments = [*SMALL, "--data", str(data), "--judge-url", server.url, "--reward", "physician"]
+    assert train.main([*arguments, "--steps", "2", "--validate-every", "1", "--out", str(out)]) == 0
+    rows = lines(out / "rollouts.jsonl")
+    assert len(rows) == 2 * 3
+    for row in rows:
+        assert row["rubric"] == ["Is kind", "Is right", "Is rude"]
+        for verdicts, raw, reward in zip(row["verdicts"], row["judge"], row["rewards"], strict=True):
+            assert verdicts == [text == "yes" for text in raw]
+            assert reward == pytest.approx((5 * verdicts[0] + 10 * verdicts[1] - 4 * verdicts[2]) / 15)
+    numbers = lines(out / "metrics.jsonl")
+    assert all(row["judge/unknown_rate"] == 0 for row in numbers)
+    assert all(row["validation/score"] is not None for row in numbers)
+    assert any(row["loss"] != 0 for row in numbers)
+    assert len(server.calls) == len(set(server.calls)) == len(lines(out / "judge.jsonl"))
+    split = json.loads((out / "split.json").read_text())
+    assert [len(split[part]) for part in ("train", "validation", "test")] == [25, 2, 2]
+    assert all(b"sk-very-secret" not in path.read_bytes() for path in out.rglob("*") if path.is_file())
+    table = capsys.readouterr().out
+    assert "| score |" in table
+    assert "score: mean ± bootstrap standard deviation" in table
+    assert "no labels" not in table
+
+    assert evaluate.main(["show", str(out), "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "| Is right |" in shown
+    assert f"{rows[-1]['rewards'][0]:.2f}" in shown
+    assert evaluate.main(["show", str(out), "7"]) == 2
+    assert evaluate.main(["show", str(tmp_path), "0"]) == 2
+
+
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(judge, data, tmp_path, capsys, monkeypatch):
+    scores = iter([0.2, 0.6, 0.1, 0.3, 0.9])
+    monkeypatch.setattr(train, "healthbench_mean", lambda values: (next(scores), 0.0))
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--data", str(data), "--judge-url", judge().url, "--reward", "physician", "--lr", "0.01"]
+    assert train.main([*arguments, *"--steps 9 --validate-every 1 --patience 2".split(), "--out", str(out)]) == 0
+    assert [row["validation/score"] for row in lines(out / "metrics.jsonl")] == [0.2, 0.6, 0.1, 0.3]
+    assert "stopping early" in capsys.readouterr().out
+    best = torch.load(out / "checkpoint" / "best.pt", weights_only=True)
+    last = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    assert (best["step"], last["step"]) == (2, 4)
+    assert (best["best_score"], last["best_score"], last["since_best"]) == (0.6, 0.6, 2)
+    from safetensors.torch import load_file
+
+    kept = load_file(out / "adapter" / "adapter_model.safetensors")
+    for name, weight in best["weights"].items():
+        key = name.replace(".default", "")
+        assert torch.equal(kept[key], weight)
+        if "lora_B" in name and weight.any():
+            assert not torch.equal(weight, last["weights"][name])
+
+
+def test_too_many_unknown_verdicts_make_no_update(judge, data, tmp_path, capsys):
+    server, out = judge("Well, it depends."), tmp_path / "run"
+    arguments = [*SMALL, "--data", str(data), "--judge-url", server.url, "--reward", "judge", "--validate-every", "0"]
+    assert train.main([*arguments, "--steps", "1", "--out", str(out)]) == 0
+    (numbers,) = lines(out / "metrics.jsonl")
+    assert numbers["judge/unknown_rate"] == 1
+    assert numbers["reward"] is None
+    assert "100% of the verdicts are unknown" in capsys.readouterr().err
+    weights = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["weights"]
+    assert not any(value.any() for name, value in weights.items() if "lora_B" in name)  # B is still 0
+    row = lines(out / "rollouts.jsonl")[0]
+    assert row["rewards"] == [None] * 3
+    assert row["judge"][0] == ["Well, it depends."]
+
+
+def test_a_judge_that_refuses_ends_the_run_with_a_sentence_and_another_goes_on(judge, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--data", str(data), "--reward", "physician", "--validate-every", "0", "--steps", "1"]
+    assert train.main([*arguments, "--judge-url", judge("refuse").url, "--out", str(out)]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "no such model" in error
+    assert f"--resume --out {out}" in error
+    assert train.main(["--resume", "--out", str(out), "--judge-url", judge().url]) == 0
+    assert len(lines(out / "metrics.jsonl")) == 1
+
+
+def test_the_anchor_can_be_the_judge_and_a_rubric_that_it_cannot_write_rewards_nobody(tmp_path, capsys):
+    """The tiny model writes no XML: every rubric is unparsable, no call is made, nothing is learnt, and it is logged."""
+    data = tmp_path / "open.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"What is {n} + 1?"}) + "\n" for n in range(1234, 1239)))
+    arguments = "--task jsonl --model tiny --reward rubric --judge anchor --steps 1 --prompts-per-step 2 --group-size 2"
+    arguments = [*arguments.split(), "--max-new-tokens", "24", "--beta", "0", "--data", str(data)]
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    (numbers,) = lines(tmp_path / "run" / "metrics.jsonl")
+    assert (numbers["rubric/unparsable"], numbers["rubric/criteria"]) == (1, 0)
+    assert numbers["frac_reward_zero_std"] == 1
+    assert numbers["grad_norm"] == 0
+    assert "boxed" not in lines(tmp_path / "run" / "rollouts.jsonl")[0]["question"][0]["content"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--judge server", "--judge-model"),
+        ("--reward physician", "only --task healthbench has"),
+        ("--task healthbench --reward match", "HealthBench has none"),
+        ("--reward rubric --aggregator majority", "counts boxed answers"),
+        ("--length-limit 0", "1 up"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(arguments, sentence, capsys):
+    try:
+        status = train.main(["--model", "tiny", *arguments.split()])
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_too_few_questions_to_validate_on_are_refused(data, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(data.read_text().split("\n")[:6]))
+    arguments = [*SMALL, "--data", str(few), "--validate-every", "1", "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 2
+    assert "--validate-every 0" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- numbers
+
+
+def test_long_rollouts_lose_one_and_a_missing_reward_stays_missing():
+    group = [Rollout("", [1] * n, [0.0] * n, "stop", [1]) for n in (750, 751, 900)]
+    rewards = Rewards(torch.tensor([[0.5, 0.5, math.nan]]))
+    penalise_length(rewards, [group], None)
+    assert rewards.values[0, :2].tolist() == [0.5, 0.5]
+    penalise_length(rewards, [group], 750)
+    assert rewards.values[0, :2].tolist() == [0.5, -0.5]
+    assert rewards.values[0, 2].isnan()
+
+
+def test_healthbenchs_mean_is_clipped_and_its_deviation_is_the_bootstraps():
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(400, 1, generator=generator, dtype=torch.float64)
+    mean, deviation = healthbench_mean(values)
+    assert mean == pytest.approx(float(values.mean()))
+    assert deviation == pytest.approx(float(values.std()) / math.sqrt(400), rel=0.1)  # the bootstrap's limit
+    assert healthbench_mean(torch.tensor([[-1.0], [0.5], [-0.2]]))[0] == 0  # single scores may be negative, the mean is not
+    assert healthbench_mean(torch.tensor([[0.4], [math.nan]]))[0] == pytest.approx(0.4)
+    assert math.isnan(healthbench_mean(torch.tensor([[math.nan]]))[0])
