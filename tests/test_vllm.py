@@ -2,6 +2,13 @@
 
 import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 
 import pytest
 import torch
@@ -162,6 +169,11 @@ def test_fifty_swaps_leave_one_adapter_and_always_the_newest(engines):
     assert len(seen) > 30  # the weights did change
 
 
+def test_choices_are_the_only_answers(engines):
+    group = engines[0].sample(PROMPTS[:1], 20, max_new_tokens=8, seed=1, choices=("yes", "no"))[0]
+    assert {o.text for o in group} == {"yes", "no"}
+
+
 def test_a_prompt_that_does_not_fit_is_refused(engines):
     with pytest.raises(InputError, match="do not fit"):
         engines[0].sample(PROMPTS[:1], 1, max_new_tokens=engines[0].context)
@@ -249,3 +261,70 @@ def test_a_model_that_vllm_does_not_know_is_refused(tmp_path, capsys):
     arguments = [*SMALL, "--group-size", "2", "--max-new-tokens", "20", "--model", str(tmp_path / "model")]
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert "--engine transformers" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- judges
+
+
+@pytest.fixture
+def healthbench(tmp_path):
+    rubric = [{"criterion": c, "points": p} for c, p in (("Is kind", 5), ("Is right", 10), ("Is rude", -4))]
+    asked = [[{"role": "user", "content": f"What is {n} + 1?"}] for n in range(1000, 1006)]
+    rows = [{"prompt_id": f"q{n}", "prompt": prompt, "rubrics": rubric} for n, prompt in enumerate(asked)]
+    path = tmp_path / "health.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return ["--task", "healthbench", "--model", "tiny", "--data", str(path), "--validate-every", "0", "--steps", "1"]
+
+
+def rollouts(out):
+    return [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_the_anchor_judges_in_the_same_engine_and_is_held_to_yes_and_no(healthbench, tmp_path):
+    out = tmp_path / "run"
+    assert train.main([*SMALL, *healthbench, "--reward", "physician", "--judge", "anchor", "--out", str(out)]) == 0
+    assert {text for row in rollouts(out) for texts in row["judge"] for text in texts} <= {"yes", "no"}
+    assert metrics(out)[0]["judge/unknown_rate"] == 0
+
+
+def test_a_step_judged_by_vllm_serve(healthbench, tmp_path):
+    """The real server and the real client. The tiny model's verdicts are nonsense, and the run must say so."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What `vllm serve` starts; the command itself does not find its own version in the build for CPUs.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY_MODEL)]
+    command += ["--served-model-name", "judge"]
+    command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            command, stdout=log, stderr=log, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, (tmp_path / "server.log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        out = tmp_path / "run"
+        arguments = (
+            "--engine transformers --prompts-per-step 2 --group-size 2 --eval-questions 1 --max-new-tokens 24".split()
+        )
+        arguments += ["--judge", "server", "--judge-url", f"http://127.0.0.1:{port}/v1", "--judge-model", "judge"]
+        assert train.main([*arguments, *healthbench, "--reward", "physician", "--out", str(out)]) == 0
+    finally:
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    rows = rollouts(out)
+    assert [len(row["judge"]) for row in rows] == [2, 2]
+    for row in rows:
+        assert all(isinstance(text, str) for texts in row["judge"] for text in texts)  # every call was answered ...
+        assert all(len(texts) == 3 for texts in row["judge"])
+    unknown = [v is None for row in rows for verdicts in row["verdicts"] for v in verdicts]
+    assert metrics(out)[0]["judge/unknown_rate"] == sum(unknown) / len(unknown)  # ... and what it means is not made up
+    assert len((out / "judge.jsonl").read_text().splitlines()) > 0
