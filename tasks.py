@@ -201,7 +201,7 @@ TASKS = {
         "trained on 4096 sums, tested on 500 others; the tiny model was taught neither",
         {
             "model": lambda: ("tiny", "the stand-in that is part of this repository"),
-            "steps": 100,
+            "steps": 60,  # more gain little and risk what the README's "How it fails" shows
             "prompts_per_step": 16,
             "max_new_tokens": 64,
             "lr": 5e-4,
