@@ -70,7 +70,7 @@ def between_tags(instruction: str, **parts: str) -> list[dict[str, str]]:
 
 # ------------------------------------------------------------------------------------------------- the rubric
 
-_TAG = re.compile(r"<\s*(/?)\s*criterion\b[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(r"<\s*(?:(/)\s*)?criterion\b[^<>]*>", re.IGNORECASE)
 _ENTITY = re.compile(r"&(?!(?:amp|lt|gt|quot|apos);)")
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
@@ -131,7 +131,7 @@ def write_rubrics(sources: Sequence[Messages], sample: Callable) -> tuple[list[l
 
 # ------------------------------------------------------------------------------------------------- the verdicts
 
-_VERDICT = re.compile(r"\W*(?:<verdict>)?\W*(yes|no)\W*(?:</verdict>)?\W*", re.IGNORECASE)
+_VERDICT = re.compile(r"\W*(?:<verdict>\W*)?((?a:yes|no))\W*(?:</verdict>\W*)?", re.IGNORECASE)
 
 
 def verdict(raw: str | None) -> bool | None:
@@ -237,12 +237,13 @@ def server_judge(url: str, model: str, cache: Path, *, concurrency=32, timeout=6
                             model=model, messages=messages, temperature=0.0, max_completion_tokens=8
                         )
                         text = reply.choices[0].message.content
-                    except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
+                    except (openai.APIStatusError, openai.APIConnectionError) as error:
                         problem = error
+                        if getattr(error, "status_code", 500) < 500 and error.status_code not in (408, 409, 429):
+                            reason = error.message.replace(api_key, "***")[:300]  # some servers repeat the key
+                            raise JudgeError(f"the judge {model} at {url} refuses: {reason}") from None
                         return
-                    except openai.APIStatusError as error:
-                        raise JudgeError(f"the judge {model} at {url} refuses: {error.message}") from None
-                    except (openai.APIError, ValueError, LookupError, TypeError, AttributeError) as error:
+                    except (openai.APIError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                         problem = error  # broken JSON, or JSON of another shape
                         continue
                     if isinstance(text, str):
@@ -251,16 +252,18 @@ def server_judge(url: str, model: str, cache: Path, *, concurrency=32, timeout=6
                             file.write(json.dumps({"key": key(messages), "text": text}) + "\n")
                         return
 
-        api_key = os.environ.get("OPENAI_API_KEY", "none")  # a server of one's own wants none
+        api_key = os.environ.get("OPENAI_API_KEY") or "no-key"  # a server of one's own wants none
         async with openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=retries) as client:
             await asyncio.gather(*map(ask, calls))
         if calls and not any(key(messages) in answers for messages in calls):
             raise JudgeError(f"the judge {model} at {url} answered none of {len(calls)} calls ({type(problem).__name__})")
 
     def judge(calls: Sequence[Messages]) -> list[str | None]:
-        lines = cache.read_text(encoding="utf-8").split("\n") if cache.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("}")]  # a crash may have cut the last one short
-        answers = {row["key"]: row["text"] for row in rows}
+        text = cache.read_text(encoding="utf-8") if cache.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a crash has cut the last line short: the next one must not be glued to it
+            os.truncate(cache, len(whole))  # ASCII, so characters are bytes
+        answers = {row["key"]: row["text"] for row in map(json.loads, whole.splitlines())}
         asyncio.run(ask_all(list({key(m): m for m in calls if key(m) not in answers}.values()), answers))
         return [answers.get(key(messages)) for messages in calls]
 
@@ -277,10 +280,10 @@ def physician_scores(questions: Sequence[Question], texts: Sequence[Sequence[str
 
 def physician(groups, references, batch, sample, judge) -> Rewards:
     """The oracle: the score by the physicians' own rubric. It reads labels, and is here to be compared with."""
-    criteria = [[text for text, _ in q.rubric] for q in batch]
+    criteria = [[text for text, _ in q.rubric or ()] for q in batch]
     marked = _marked(groups, criteria, judge, {})
     for q, detail in enumerate(marked.details):
-        points = [p for _, p in batch[q].rubric]
+        points = [p for _, p in batch[q].rubric or ()]
         marked.values[q] = torch.tensor([healthbench_score(row, points) for row in detail["verdicts"]])
         detail["points"] = points
     return marked
