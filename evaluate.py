@@ -1,4 +1,4 @@
-"""How good is it really? The one place that reads labels: accuracy of rollouts, references and policies.
+"""How good is it really? Where labels are read: accuracy of rollouts, references and policies.
 
 python evaluate.py show RUN STEP    what was asked, answered and judged in a step of a run
 """

@@ -232,8 +232,8 @@ def update(
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()  # no dropout anywhere in the base either; gradients flow all the same
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # where it is on, layers do it only while "training"
-            module.training = True  # of the layer itself: what is inside stays without dropout
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True  # else it does not checkpoint; what is inside it stays without dropout
     for k in range(updates):
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0

@@ -216,10 +216,9 @@ def server_judge(url: str, model: str, cache: Path, *, concurrency=32, timeout=6
     """A judge behind any server that speaks the OpenAI protocol: prompts -> its raw texts, None where none came.
 
     The client retries what may pass (408, 409, 429, 5xx, time-outs, dropped connections) with growing pauses, and waits as
-    long as Retry-After says. Each answer is added to the JSONL file `cache` at once, under a hash of judge and prompt: an
-    interrupted run asks nothing twice. The key is read from OPENAI_API_KEY by the client, and written nowhere.
-
-    The judge raises JudgeError if the server refuses the request itself (another 4xx), or answered no call at all.
+    Retry-After says, up to 2 minutes. Each verdict is added to the JSONL file `cache` at once, under a hash of judge and
+    prompt: an interrupted run pays for none twice. The key is read from OPENAI_API_KEY, and written nowhere.
+    Raises JudgeError if the server refuses us (401, 403, 404), or answered no call at all.
     """
 
     def key(messages: Messages) -> str:
@@ -233,13 +232,12 @@ def server_judge(url: str, model: str, cache: Path, *, concurrency=32, timeout=6
             async with gate:
                 for _ in range(ATTEMPTS):  # at an answer that cannot be read; the client has retried the rest
                     try:
-                        reply = await client.chat.completions.create(
-                            model=model, messages=messages, temperature=0.0, max_completion_tokens=8
-                        )
+                        settings = {"model": model, "temperature": 0.0, "max_completion_tokens": 8}
+                        reply = await client.chat.completions.create(messages=messages, **settings)
                         text = reply.choices[0].message.content
                     except (openai.APIStatusError, openai.APIConnectionError) as error:
                         problem = error
-                        if getattr(error, "status_code", 500) < 500 and error.status_code not in (408, 409, 429):
+                        if getattr(error, "status_code", 500) in (401, 403, 404):  # no call will fare better
                             reason = error.message.replace(api_key, "***")[:300]  # some servers repeat the key
                             raise JudgeError(f"the judge {model} at {url} refuses: {reason}") from None
                         return
@@ -248,15 +246,17 @@ def server_judge(url: str, model: str, cache: Path, *, concurrency=32, timeout=6
                         continue
                     if isinstance(text, str):
                         answers[key(messages)] = text
-                        with cache.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps({"key": key(messages), "text": text}) + "\n")
+                        if verdict(text) is not None:  # what cannot be read is asked again by a resumed run
+                            with cache.open("a", encoding="utf-8") as file:
+                                file.write(json.dumps({"key": key(messages), "text": text}) + "\n")
                         return
 
         api_key = os.environ.get("OPENAI_API_KEY") or "no-key"  # a server of one's own wants none
         async with openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=retries) as client:
             await asyncio.gather(*map(ask, calls))
         if calls and not any(key(messages) in answers for messages in calls):
-            raise JudgeError(f"the judge {model} at {url} answered none of {len(calls)} calls ({type(problem).__name__})")
+            reason = str(problem).replace(api_key, "***")[:300]
+            raise JudgeError(f"the judge {model} at {url} answered none of {len(calls)} calls: {reason}")
 
     def judge(calls: Sequence[Messages]) -> list[str | None]:
         text = cache.read_text(encoding="utf-8") if cache.exists() else ""

@@ -83,21 +83,19 @@ def saved_settings(out: Path) -> dict:
         raise InputError(f"{out} holds no run to resume (no config.json): check --out, or leave --resume out") from None
 
 
-def save_checkpoint(out: Path, state: dict, model, optimizer) -> None:
+def save_checkpoint(out: Path, state: dict, model, optimizer, best: bool = False) -> None:
     """Everything that the next step depends on. It replaces the one before in one rename: a crash leaves one of the two.
+    `best`: it is also kept as the best so far, first, so that no checkpoint believes in a best one that is not there.
 
     There is no random state to save, because all randomness of a step is a function of (seed, step).
     """
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     temporary = out / "checkpoint" / "state.tmp"
     torch.save({**state, "weights": weights, "optimizer": optimizer.state_dict()}, temporary)
+    if best:
+        shutil.copy(temporary, out / "checkpoint" / "best.tmp")
+        os.replace(out / "checkpoint" / "best.tmp", out / "checkpoint" / "best.pt")
     os.replace(temporary, out / "checkpoint" / "state.pt")
-
-
-def keep_best(out: Path) -> None:
-    """The newest checkpoint is the best so far: keep a copy of it."""
-    shutil.copy(out / "checkpoint" / "state.pt", out / "checkpoint" / "best.tmp")
-    os.replace(out / "checkpoint" / "best.tmp", out / "checkpoint" / "best.pt")
 
 
 def load_checkpoint(out: Path, model, optimizer, best: bool = False) -> dict | None:

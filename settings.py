@@ -161,7 +161,10 @@ def installed_engine() -> tuple[str, str]:
 
 
 def check(settings: dict) -> None:
-    """Raises InputError for settings that do not go together."""
+    """Puts an engine in the place of "auto". Raises InputError for settings that do not go together."""
+    if settings["engine"] == "auto":
+        settings["engine"], why = installed_engine()
+        print(f"engine: {settings['engine']} ({why}; --engine takes another)", flush=True)
     if settings["engine"] == "vllm" and importlib.util.find_spec("vllm") is None:
         raise InputError("vLLM is not installed: pip install -r requirements-gpu.txt, or take --engine transformers")
     if settings["engine"] == "transformers" and (settings["engine_args"] or settings["sleep"]):
@@ -201,9 +204,6 @@ def settle(given: dict) -> tuple[Path, dict, bool]:
         settings["model"], why = settings["model"]()
         print(f"model: {settings['model']} ({why}; --model names another)")
     settings["eval_sampling"] = eval_sampling(given.get("eval_sampling", {}), settings["model"], settings["temperature"])
-    if settings["engine"] == "auto":
-        settings["engine"], why = installed_engine()
-        print(f"engine: {settings['engine']} ({why}; --engine takes another)", flush=True)
     check(settings)
     name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return out or Path("runs") / name, settings, False

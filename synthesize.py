@@ -9,6 +9,7 @@ The other aggregators are baselines: `majority` is TTRL's pseudo-label, `single`
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from xml.sax.saxutils import escape
 
 from rewards import boxed_answer, equal
 from rollout import Rollout
@@ -39,9 +40,11 @@ class Reference:
 
 def synthesis_messages(attempts: Sequence[str], boxed: bool = True) -> list[dict[str, str]]:
     """The chat that asks the anchor for s: the instruction, then every attempt between tags; q is not in it."""
-    name, prompt = ("attempt", SYNTHESIS_PROMPT) if boxed else ("response", FREEFORM_PROMPT)
-    blocks = [f"<{name}>\n{text}\n</{name}>" for text in attempts]
-    return [{"role": "user", "content": "\n\n".join([prompt, *blocks])}]
+    if boxed:  # as it stands: mathematics is full of < and &
+        blocks = [SYNTHESIS_PROMPT, *(f"<attempt>\n{text}\n</attempt>" for text in attempts)]
+    else:  # escaped, so that no response can close its tag and pass for several, or for us
+        blocks = [FREEFORM_PROMPT, *(f"<response>\n{escape(text)}\n</response>" for text in attempts)]
+    return [{"role": "user", "content": "\n\n".join(blocks)}]
 
 
 def synthesis(groups: Sequence[Sequence[Rollout]], sample: Callable, boxed: bool = True) -> list[Reference]:

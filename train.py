@@ -7,7 +7,8 @@
     3. reward              R(o_i; s), shape (Q, G)                                  rewards.py
     4. update              GRPO on the advantages of R, with a KL to pi_0           grpo.py
 
-No line of it reads a label. Labels, where a task has them, are read by evaluate.py: for a curve and the final table.
+It reads no label, unless --reward physician asks for that oracle. Labels, where a task has them, are read by evaluate.py
+for the curve and the final table, and by --validate-every to choose the step.
 """
 
 import argparse
@@ -118,14 +119,17 @@ def train(
             numbers["validation/score"] = score = validate()
             better = score is not None and score > state["best_score"]
             state |= {"best_score": score, "since_best": 0} if better else {"since_best": state["since_best"] + 1}
+        doubted = numbers.get("judge/unknown_rate", 0.0) > MAX_UNKNOWN
+        state["doubted_in_a_row"] = state["doubted_in_a_row"] + 1 if doubted else 0
         runs.log_step(out, step, numbers, batch, groups, references, rewards)
-        runs.save_checkpoint(out, state, policy, optimizer)
-        if better:
-            runs.keep_best(out)
+        runs.save_checkpoint(out, state, policy, optimizer, better)
         shown = {"reward": numbers["reward"], "agreement": numbers["reference/majority_agreement"]}
         bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None and value == value})
-        if (unknown := numbers.get("judge/unknown_rate", 0.0)) > MAX_UNKNOWN:
-            bar.write(f"WARNING: step {step}: {unknown:.0%} of the verdicts are unknown: no update", sys.stderr)
+        if doubted:
+            share = f"{numbers['judge/unknown_rate']:.0%}"
+            bar.write(f"WARNING: step {step}: {share} of the verdicts are unknown: no update", sys.stderr)
+        if state["doubted_in_a_row"] >= 3:
+            raise JudgeError(f"too few verdicts could be read in 3 steps in a row: its answers are in {out}/rollouts.jsonl")
         if s.validate_every and state["since_best"] >= s.patience:
             bar.write(f"stopping early: no better validation score in the last {s.patience}")
             return
@@ -179,6 +183,8 @@ def run(out: Path, settings: dict, resume: bool) -> None:
             f"{len(train_questions)} questions are too few to keep one in ten for validation: --validate-every 0"
         )
     train_questions, validation = train_questions[kept:], train_questions[:kept]
+    if any(q.answer is None and q.rubric is None for q in validation):
+        raise InputError("--validate-every reads labels, and these questions have none: take --validate-every 0")
     if s.prompts_per_step > len(train_questions):
         raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
     base, tokenizer = load_base(str(TINY_MODEL) if s.model == "tiny" else s.model)
@@ -186,11 +192,12 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
     vllm = s.engine == "vllm"
     engine = VLLMEngine(policy, tokenizer, s.engine_args, s.sleep) if vllm else TransformersEngine(policy, tokenizer)
-    check_context(s, engine, train_questions + test_questions)
+    check_context(s, engine, train_questions + validation + test_questions)
     judge = anchor_judge(engine)
     if s.judge == "server":
         judge = server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
-    state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "best_score": -math.inf, "since_best": 0}
+    state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "doubted_in_a_row": 0}
+    state |= {"best_score": -math.inf, "since_best": 0}
     if resume:
         state = runs.load_checkpoint(out, policy, optimizer) or state
         engine.sync()

@@ -152,6 +152,15 @@ def test_too_many_unknown_verdicts_make_no_update(judge, data, tmp_path, capsys)
     assert row["judge"][0] == ["Well, it depends."]
 
 
+def test_a_judge_that_talks_nonsense_ends_the_run(judge, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*SMALL, "--data", str(data), "--judge-url", judge("<think> Okay").url, "--reward", "physician"]
+    assert train.main([*arguments, "--validate-every", "0", "--steps", "9", "--out", str(out)]) == 1
+    assert "could be read in 3 steps in a row" in capsys.readouterr().err
+    assert len(lines(out / "metrics.jsonl")) == 3
+    assert not (out / "judge.jsonl").exists()  # what could not be read is not kept for later
+
+
 def test_a_judge_that_refuses_ends_the_run_with_a_sentence_and_another_goes_on(judge, data, tmp_path, capsys):
     out = tmp_path / "run"
     arguments = [*SMALL, "--data", str(data), "--reward", "physician", "--validate-every", "0", "--steps", "1"]
@@ -194,6 +203,14 @@ def test_settings_that_do_not_go_together_are_refused(arguments, sentence, capsy
         status = stop.code
     assert status == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_questions_without_labels_cannot_validate(tmp_path, capsys):
+    open_ended = tmp_path / "open.jsonl"
+    open_ended.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(30)))
+    arguments = ["--task", "jsonl", "--model", "tiny", "--data", str(open_ended), "--reward", "judge"]
+    assert train.main([*arguments, "--validate-every", "1", "--out", str(tmp_path / "run")]) == 2
+    assert "reads labels" in capsys.readouterr().err
 
 
 def test_too_few_questions_to_validate_on_are_refused(data, tmp_path, capsys):

@@ -747,7 +747,19 @@ def test_a_judge_that_stops_in_the_middle_keeps_what_it_answered_and_a_dead_one_
         judge(calls_of(*prompts[4:]))
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_prompt_that_is_refused_is_unknown_and_the_others_are_answered(serve, cache, status):
+    """A content filter, or a text too long for the judge: one prompt's trouble, which must not end a run."""
+    refusal = json.dumps({"error": {"message": "filtered"}}).encode()
+    calls = calls_of(*numbered(6))
+    bad = calls[2][0]["content"]
+    server = serve(lambda prompt, attempt: (status, {}, refusal) if prompt == bad else good(prompt, "yes"))
+    assert server_judge(server.url, "j", cache)(calls) == ["yes", "yes", None, "yes", "yes", "yes"]
+    with pytest.raises(JudgeError, match="answered none of 1 calls.*filtered"):
+        server_judge(server.url, "j", cache)([calls[2]])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refusal_is_an_error_at_once_and_no_storm(serve, cache, status):
     page = b"<html>" + b"no such thing\n" * 10_000 + b"</html>"  # what a wrong path gets from many a server
     server = serve(lambda prompt, attempt: (status, {}, page))

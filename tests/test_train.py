@@ -338,12 +338,14 @@ def test_resuming_with_another_setting_is_refused(straight, capsys):
 def test_what_changes_no_result_may_change_when_a_run_is_resumed(straight, tmp_path):
     out = tmp_path / "run"
     assert train.main([*SMALL, "--steps", "2", "--out", str(out)]) == 0
-    again = ["--micro-batch-tokens", "200", "--gradient-checkpointing", "--engine", "transformers"]
+    again = ["--micro-batch-tokens", "200", "--gradient-checkpointing", "--engine", "auto"]
     assert train.main(["--resume", "--out", str(out), "--steps", "3", *again]) == 0
     expected = metrics(straight)[2]
     for name, value in metrics(out)[2].items():
         assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
-    assert json.loads((out / "config.json").read_text())["settings"]["gradient_checkpointing"] is True
+    saved = json.loads((out / "config.json").read_text())["settings"]
+    assert saved["gradient_checkpointing"] is True
+    assert saved["engine"] == installed_engine()[0]  # "auto" is settled when a run is resumed, too
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
