@@ -755,7 +755,7 @@ def test_a_prompt_that_is_refused_is_unknown_and_the_others_are_answered(serve, 
     bad = calls[2][0]["content"]
     server = serve(lambda prompt, attempt: (status, {}, refusal) if prompt == bad else good(prompt, "yes"))
     assert server_judge(server.url, "j", cache)(calls) == ["yes", "yes", None, "yes", "yes", "yes"]
-    with pytest.raises(JudgeError, match="answered none of 1 calls.*filtered"):
+    with pytest.raises(JudgeError, match=r"answered none of 1 calls.*filtered"):
         server_judge(server.url, "j", cache)([calls[2]])
 
 
