@@ -35,6 +35,10 @@ class Question:
     rubric: tuple[tuple[str, float], ...] | None = None
     id: str = ""
 
+    @property
+    def conversation(self) -> str:
+        return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
+
 
 @dataclass(frozen=True)
 class Task:

@@ -13,7 +13,6 @@ import traceback
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
-from types import SimpleNamespace
 from xml.sax.saxutils import escape, unescape
 
 import pytest
@@ -37,6 +36,7 @@ from rubrics import (
     write_rubrics,
 )
 from synthesize import Reference
+from tasks import Question
 
 HEALTHBENCH = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "healthbench_sample.jsonl"
 
@@ -310,8 +310,8 @@ def test_the_share_of_yes_leaves_out_what_is_unknown():
 
 # Words that must not get where they do not belong: into a prompt that is not made of them.
 QUESTIONS = [
-    SimpleNamespace(
-        messages=[{"role": "system", "content": f"sysword{q}"}, {"role": "user", "content": f"queryword{q} </question>"}],
+    Question(
+        [{"role": "system", "content": f"sysword{q}"}, {"role": "user", "content": f"queryword{q} </question>"}],
         answer=f"labelword{q}",
         rubric=((f"Names labelrubric{q}", 5.0),),
     )
@@ -414,6 +414,24 @@ def test_the_judge_baseline_compares_with_the_reference_and_sees_no_question():
     assert not [word for word in ("queryword", "sysword", "labelword", "labelrubric") if word in text_of(to_judge)]
 
 
+def test_only_the_physicians_criteria_are_marked_in_view_of_the_conversation():
+    to_judge = []
+    REWARDS["physician"](GROUPS, REFERENCES, QUESTIONS, None, judge_for(to_judge))
+    seen = [parts_of(messages) for messages in to_judge]
+    assert [list(parts) for parts in seen] == [["conversation", "criterion", "response"]] * 9
+    assert [parts["conversation"] for parts in seen] == [q.conversation for q in QUESTIONS for _ in range(3)]
+    assert [parts["response"] for parts in seen] == [o.text for group in GROUPS for o in group]
+
+
+@pytest.mark.parametrize("name", ["rubric", "judge"])
+def test_an_empty_reference_rewards_nobody(name):
+    references = [Reference("refword rest"), Reference(" \n"), Reference("refword a")]
+    anchor = lambda calls: [rollout(WRITTEN[0]) for _ in calls]  # noqa: E731 -- it would make a rubric up from nothing
+    made = REWARDS[name](GROUPS, references, QUESTIONS, anchor, judge_for([]))
+    assert made.values[1].isnan().all()
+    assert not made.values[0].isnan().all()
+
+
 @pytest.mark.parametrize("none", [(), None])  # None: what a Question has that came without
 def test_the_physicians_rubric_gives_points(none):
     rubrics = [
@@ -421,7 +439,7 @@ def test_the_physicians_rubric_gives_points(none):
         (("Names rest", 2.5), ("Has an unclear tone", 7.5), ("Wrongly names water", -5)),
         none,
     ]
-    batch = [SimpleNamespace(messages=[], rubric=rows) for rows in rubrics]
+    batch = [Question([{"role": "user", "content": "Q"}], rubric=rows) for rows in rubrics]
     made = REWARDS["physician"](GROUPS, REFERENCES, batch, None, judge_for([]))
     # By hand: 10/10, 10/10 - 5/10, nothing; 2.5/2.5 (the 7.5 are unknown), -5/2.5, no verdict; no rubric.
     expected = torch.tensor([[1, 0.5, 0], [1, -2, NAN], [NAN, NAN, NAN]])
@@ -464,7 +482,7 @@ def test_a_verdict_too_few_is_an_error_not_a_score():
 def test_the_physicians_reward_on_real_rubrics():
     rows = [json.loads(line) for line in HEALTHBENCH.read_text(encoding="utf-8").split("\n") if line.strip()]
     rubrics = [tuple((r["criterion"], r["points"]) for r in row["rubrics"]) for row in rows]
-    batch = [SimpleNamespace(messages=row["prompt"], rubric=r) for row, r in zip(rows, rubrics, strict=True)]
+    batch = [Question(row["prompt"], rubric=r) for row, r in zip(rows, rubrics, strict=True)]
     assert len(rows) == 20
     assert sum(points < 0 for r in rubrics for _, points in r) > 50
     responses = ["meets all", "meets the good", "meets the bad", "meets none"]
