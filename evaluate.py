@@ -109,8 +109,10 @@ def final_table(
 
     def row(name, texts, generations, tokens):
         texts = [list(answers)[: 1 if judged else None] for answers in texts]
-        accuracy, error = (None if math.isnan(x) else x for x in summary(score(questions, texts)))
-        return {"name": name, "accuracy": accuracy, "error": error, "generations": generations, "tokens": tokens}
+        values = score(questions, texts)  # (Q, n)
+        accuracy, error = (None if math.isnan(x) else x for x in summary(values))
+        numbers = {"accuracy": accuracy, "error": error, "scored": int((~values.isnan()).any(dim=1).sum())}
+        return {"name": name, **numbers, "generations": generations, "tokens": tokens}
 
     def mean_length(groups: Sequence[Sequence[Rollout]]) -> float:
         return sum(len(o.ids) for group in groups for o in group) / sum(map(len, groups))
@@ -139,7 +141,8 @@ def format_table(rows: Sequence[dict], questions: int, judged: bool = False) -> 
     for r in rows:
         error = "" if r["error"] is None else f" ± {r['error']:.3f}"
         accuracy = "no labels" if r["accuracy"] is None else f"{r['accuracy']:.3f}{error}"
-        lines.append(f"| {r['name']} | {accuracy} | {r['generations']} | {r['tokens']:.0f} |")
+        few = f" (of {r['scored']} questions)" if 0 < r["scored"] < questions else ""  # the judge left the others open
+        lines.append(f"| {r['name']} | {accuracy}{few} | {r['generations']} | {r['tokens']:.0f} |")
     cat, trained = rows[-2:]
     lines += [
         "",

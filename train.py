@@ -222,8 +222,9 @@ def run(out: Path, settings: dict, resume: bool) -> None:
 
     def validate() -> float | None:
         texts = [[o.text for o in group] for group in sample_policy([q.messages for q in validation], 1)]
-        mean, _ = (healthbench_mean if judged else mean_and_error)(score(validation, texts))
-        return None if math.isnan(mean) else mean
+        scores = score(validation, texts)  # (validation questions, 1)
+        mean, _ = (healthbench_mean if judged else mean_and_error)(scores)
+        return mean if float(scores.isnan().float().mean()) <= MAX_UNKNOWN else None  # too few were scored
 
     try:
         train(s, out, train_questions, engine, judge, policy, optimizer, state, validate)

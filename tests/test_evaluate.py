@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,3 +50,14 @@ def test_the_final_table_counts_generations_and_tokens():
     text = format_table(rows, 2)
     assert "| initial policy | 0.250 ± 0.250 | 1 | 10 |" in text
     assert "5 : 1 in generations, 14.0 : 1 in generated tokens" in text
+    assert "(of" not in text
+
+
+def test_the_final_table_says_how_many_questions_a_judge_left_open():
+    questions = [replace(q, rubric=(("Is kind", 1.0),)) for q in QUESTIONS[:2]]
+    groups = [[rollout("a")], [rollout("b")]]
+    aggregate = lambda groups: [Reference("s"), Reference("t")]  # noqa: E731
+    score = lambda questions, texts: torch.tensor([[0.5], [math.nan]])  # noqa: E731
+    rows = final_table(questions, lambda p, n: groups, lambda p, n: groups, aggregate, 1, score)
+    assert {r["scored"] for r in rows} == {1}
+    assert "| initial policy | 0.500 ± 0.000 (of 1 questions) |" in format_table(rows, 2, judged=True)
