@@ -152,8 +152,7 @@ def share_of_yes(verdicts: Sequence[bool | None]) -> float:
 
 
 def _marked(groups, rubrics, judge, stats, prompt=JUDGE_PROMPT, name="criterion", given=None) -> Rewards:
-    """Rewards (Q, G) from one call per rollout and criterion; `details` hold every text. `given`: what else the judge sees
-    of each question."""
+    """Rewards (Q, G) from one call per rollout and criterion, all in `details`. `given`: what else the judge sees of q."""
     given = given or [{}] * len(groups)
     rows = [(q, o.text) for q, group in enumerate(groups) for o in group]  # Q*G of them
     calls = [between_tags(prompt, **given[q], **{name: c}, response=text) for q, text in rows for c in rubrics[q]]
@@ -215,34 +214,35 @@ def anchor_judge(engine) -> Callable:
 def server_judge(url: str, model: str, cache: Path, *, concurrency=32, timeout=60.0, retries=6) -> Callable:
     """A judge behind any server that speaks the OpenAI protocol: prompts -> its raw texts, None where none came.
 
-    The client retries what may pass (408, 409, 429, 5xx, time-outs, dropped connections) with growing pauses, and waits as
-    Retry-After says, up to 2 minutes. Each verdict is added to the JSONL file `cache` at once, under a hash of judge and
-    prompt: an interrupted run pays for none twice. The key is read from OPENAI_API_KEY, and written nowhere.
-    Raises JudgeError if the server refuses us (401, 403, 404), or answered no call at all.
+    The client retries what may pass (429, 5xx, time-outs, dropped connections) with growing pauses, or as Retry-After
+    says up to 2 minutes. Each verdict is added to the JSONL file `cache` at once, under a hash of judge and prompt, so that
+    an interrupted run pays for none twice. The key, in OPENAI_API_KEY, is written nowhere. Raises JudgeError if the server
+    refuses us (401, 403, 404), or answers no call at all.
     """
 
     def key(messages: Messages) -> str:
         return hashlib.sha256(json.dumps([url, model, messages]).encode()).hexdigest()
 
     async def ask_all(calls: list[Messages], answers: dict[str, str]) -> None:
-        gate, problem = asyncio.Semaphore(concurrency), None
+        gate, problems, before = asyncio.Semaphore(concurrency), [], len(answers)
 
         async def ask(messages: Messages) -> None:
-            nonlocal problem
             async with gate:
+                if len(problems) >= 2 * concurrency and len(answers) == before:
+                    return  # it is down: to wait for every call's time-out would take hours
                 for _ in range(ATTEMPTS):  # at an answer that cannot be read; the client has retried the rest
                     try:
                         settings = {"model": model, "temperature": 0.0, "max_completion_tokens": 8}
                         reply = await client.chat.completions.create(messages=messages, **settings)
                         text = reply.choices[0].message.content
                     except (openai.APIStatusError, openai.APIConnectionError) as error:
-                        problem = error
+                        problems.append(error)
                         if getattr(error, "status_code", 500) in (401, 403, 404):  # no call will fare better
                             reason = error.message.replace(api_key, "***")[:300]  # some servers repeat the key
                             raise JudgeError(f"the judge {model} at {url} refuses: {reason}") from None
                         return
                     except (openai.APIError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                        problem = error  # broken JSON, or JSON of another shape
+                        problems.append(error)  # broken JSON, or JSON of another shape
                         continue
                     if isinstance(text, str):
                         answers[key(messages)] = text
@@ -255,7 +255,7 @@ def server_judge(url: str, model: str, cache: Path, *, concurrency=32, timeout=6
         async with openai.AsyncOpenAI(base_url=url, api_key=api_key, timeout=timeout, max_retries=retries) as client:
             await asyncio.gather(*map(ask, calls))
         if calls and not any(key(messages) in answers for messages in calls):
-            reason = str(problem).replace(api_key, "***")[:300]
+            reason = str(problems[-1:]).replace(api_key, "***")[:300]
             raise JudgeError(f"the judge {model} at {url} answered none of {len(calls)} calls: {reason}")
 
     def judge(calls: Sequence[Messages]) -> list[str | None]:

@@ -754,6 +754,13 @@ def test_a_judge_that_answers_nothing_is_an_error_that_names_it(serve, cache, fa
     assert server.url in str(caught.value)
 
 
+def test_a_judge_that_is_down_is_not_waited_for_by_every_call(serve, cache):
+    server = serve(lambda prompt, attempt: "dropped")
+    with pytest.raises(JudgeError):
+        server_judge(server.url, "m", cache, concurrency=4, retries=0)(calls_of(*numbered(200)))
+    assert 8 <= len(server.seen) <= 12  # two rounds of four, and those on their way
+
+
 def test_a_judge_that_stops_in_the_middle_keeps_what_it_answered_and_a_dead_one_is_an_error(serve, cache):
     server, prompts = serve(), numbered(10)
     server.behave = lambda prompt, attempt: good(prompt) if prompt in prompts[:4] else "dropped"
