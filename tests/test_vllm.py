@@ -327,4 +327,3 @@ def test_a_step_judged_by_vllm_serve(healthbench, tmp_path):
         assert all(len(texts) == 3 for texts in row["judge"])
     unknown = [v is None for row in rows for verdicts in row["verdicts"] for v in verdicts]
     assert metrics(out)[0]["judge/unknown_rate"] == sum(unknown) / len(unknown)  # ... and what it means is not made up
-    assert len((out / "judge.jsonl").read_text().splitlines()) > 0
