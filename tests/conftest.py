@@ -29,3 +29,12 @@ def policy():
 @pytest.fixture
 def engine(policy):
     return TransformersEngine(*policy)
+
+
+def truncated(row, temperature, top_k, top_p):
+    """{token: probability} that `row` (V,) of logits leaves: temperature, then top-k, then top-p, as model cards mean it."""
+    p, order = torch.softmax(row / temperature, -1).sort(descending=True)
+    p[top_k or len(p) :] = 0
+    p = p / p.sum()
+    p[p.cumsum(0) - p >= top_p] = 0  # the token that crosses top_p is still in
+    return {int(k): float(x) for k, x in zip(order, p / p.sum(), strict=True) if x > 0}

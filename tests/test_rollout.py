@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from conftest import truncated
 from rollout import Rollout, TransformersEngine
 from tasks import TINY_MODEL, InputError, load_base, load_sums
 
@@ -70,11 +71,7 @@ def test_evaluation_samples_come_from_the_truncated_distribution(engine, top_k, 
     for o in engine.sample(PROMPTS[:1], 40, temperature=2.0, top_k=top_k, top_p=top_p, max_new_tokens=12, seed=1)[0]:
         logits = logits_of(engine.model, o.prompt_ids + o.ids)[len(o.prompt_ids) - 1 : -1]
         for token, logprob, row in zip(o.ids, o.logprobs, logits, strict=True):
-            p, order = torch.softmax(row / 2.0, -1).sort(descending=True)
-            p[top_k or len(p) :] = 0
-            p = p / p.sum()
-            p[p.cumsum(0) - p >= top_p] = 0  # the token that crosses top_p is still in
-            left = {int(k): float(x) for k, x in zip(order, p / p.sum(), strict=True) if x > 0}
+            left = truncated(row, 2.0, top_k, top_p)
             assert math.exp(logprob) == pytest.approx(left[token], rel=1e-3)
             sizes.append(len(left))
     assert 1 < max(sizes) < 100  # there was something left to choose from, and something cut off

@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed (the README says how to test it without a GPU)")
 
 import train
+from conftest import truncated
 from grpo import add_lora, token_logprobs
 from rollout import TransformersEngine, VLLMEngine
 from settings import installed_engine
@@ -125,11 +126,7 @@ def test_evaluation_samples_come_from_the_truncated_distribution(engines, top_k,
         with torch.no_grad():
             logits = engines[0].model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[0].double()
         for token, logprob, row in zip(o.ids, o.logprobs, logits[len(o.prompt_ids) - 1 : -1], strict=True):
-            p, order = torch.softmax(row / 2.0, -1).sort(descending=True)
-            p[top_k or len(p) :] = 0
-            p = p / p.sum()
-            p[p.cumsum(0) - p >= top_p] = 0  # the token that crosses top_p is still in
-            left = {int(k): float(x) for k, x in zip(order, p / p.sum(), strict=True) if x > 0}
+            left = truncated(row, 2.0, top_k, top_p)
             assert math.exp(logprob) == pytest.approx(left[token], rel=1e-3)
             sizes.append(len(left))
     assert 1 < max(sizes) < 100
