@@ -76,7 +76,6 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, judge, polic
     # 3. Reward derivation: R(o_i; s).                                                       (Q, G)
     rewards = REWARDS[s.reward](groups, references, batch, ask_anchor, judge)
     penalise_length(rewards, groups, s.length_limit)
-    trusted = rewards.stats.get("judge/unknown_rate", 0.0) <= MAX_UNKNOWN
     rollouts, kl = [o for group in groups for o in group], None
     if s.kl == "reward" and s.beta:  # R - beta KL, the paper's setting; the default has the KL in the loss
         kl = sequence_kl(policy, rollouts, temperature=s.temperature, token_budget=s.micro_batch_tokens)  # (Q*G,)
@@ -88,7 +87,7 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, judge, polic
     engine.sleep()
     numbers = update(
         policy, optimizer, rollouts, advantage.flatten(), clip=s.clip, beta=s.beta if s.kl == "loss" else 0.0,
-        form=s.loss, temperature=s.temperature, updates=s.updates_per_step if trusted else 0,
+        form=s.loss, temperature=s.temperature, updates=0 if doubted(rewards.stats) else s.updates_per_step,
         mask_truncated=s.mask_truncated, importance_cap=s.importance_cap or None, token_budget=s.micro_batch_tokens,
     )  # fmt: skip
     engine.sync()
@@ -119,13 +118,12 @@ def train(
             numbers["validation/score"] = score = validate()
             better = score is not None and score > state["best_score"]
             state |= {"best_score": score, "since_best": 0} if better else {"since_best": state["since_best"] + 1}
-        doubted = numbers.get("judge/unknown_rate", 0.0) > MAX_UNKNOWN
-        state["doubted_in_a_row"] = state["doubted_in_a_row"] + 1 if doubted else 0
+        state["doubted_in_a_row"] = state["doubted_in_a_row"] + 1 if doubted(numbers) else 0
         runs.log_step(out, step, numbers, batch, groups, references, rewards)
         runs.save_checkpoint(out, state, policy, optimizer, better)
         shown = {"reward": numbers["reward"], "agreement": numbers["reference/majority_agreement"]}
         bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None and value == value})
-        if doubted:
+        if doubted(numbers):
             share = f"{numbers['judge/unknown_rate']:.0%}"
             bar.write(f"WARNING: step {step}: {share} of the verdicts are unknown: no update", sys.stderr)
         if state["doubted_in_a_row"] >= 3:
@@ -140,6 +138,11 @@ def train(
             raise FloatingPointError(
                 f"the loss or its gradient was not finite in 3 steps in a row, the last one step {step}: lower --lr"
             )
+
+
+def doubted(numbers: dict) -> bool:
+    """Whether so many of a step's verdicts are unknown that the rest may not stand for them."""
+    return numbers.get("judge/unknown_rate", 0.0) > MAX_UNKNOWN
 
 
 def boxed(s: argparse.Namespace) -> bool:
