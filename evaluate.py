@@ -1,53 +1,44 @@
-"""How good is it really? Where labels are read: accuracy of rollouts, references and policies.
+"""How good is it really, and why? Where labels are read: accuracy of rollouts, references and policies, with intervals.
 
-python evaluate.py show RUN STEP    what was asked, answered and judged in a step of a run
+python evaluate.py --task math500 --model M     every aggregator on the same rollouts of pi_0, for several G
+python evaluate.py --adapter RUN                the same and the policy that a run has trained, on the run's task
+python evaluate.py table RUN...                 what these runs have measured, in one table
+python evaluate.py show RUN STEP                what was asked, answered and judged in a step of a run
 """
 
 import argparse
+import hashlib
 import json
 import math
+import resource
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
+import runs
+from grpo import add_lora
 from rewards import Rewards, boxed_answer, equal
-from rollout import Rollout
-from synthesize import Reference, majority
-from tasks import InputError, Question
+from rollout import EngineError, Rollout
+from rubrics import JudgeError, physician_scores
+from settings import EVALUATION, load_engine, parser_of, settle
+from synthesize import AGGREGATORS, Anchor, Reference, answer_classes, majority, style, texts
+from tasks import InputError, Question, load_base, load_questions, saved_policy, seed_of
+
+# ------------------------------------------------------------------------------------------------- scores
 
 
-def correct(questions: Sequence[Question], texts: Sequence[Sequence[str]]) -> torch.Tensor:
-    """1.0 where the boxed answer of texts[q][i] is the true one, (Q, n). NaN where a question has no label."""
+def correct(questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> torch.Tensor:
+    """1.0 where the boxed answer of answers[q][i] is the true one, (Q, n). NaN where a question has no label."""
     rows = [
         [math.nan if q.answer is None else float(equal(boxed_answer(text), q.answer)) for text in row]
-        for q, row in zip(questions, texts, strict=True)
+        for q, row in zip(questions, answers, strict=True)
     ]
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def healthbench_score(verdicts: Sequence[bool | None], points: Sequence[float]) -> float:
-    """HealthBench's score of one response: points of the criteria met / sum of the positive points.
-
-    A negative criterion is met where what it warns of is present. The score can be negative; its mean over questions is
-    clipped to [0, 1], not the score itself. Unknown verdicts are left out of both sums; NaN if no positive one is left.
-
-    >>> healthbench_score([True, False, True], [10, 5, -6])
-    0.26666666666666666
-    """
-    known = [(v, p) for v, p in zip(verdicts, points, strict=True) if v is not None]
-    possible = sum(p for _, p in known if p > 0)
-    return sum(p for v, p in known if v) / possible if possible else math.nan
-
-
-def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
-    """Mean over questions and its standard error, std / sqrt(Q). `values` (Q, n): n answers of a question are averaged
-    first, because they are not independent of each other. NaN without labels or, the error, with a single question."""
-    questions = values.mean(dim=1)  # (Q,)
-    questions = questions[~questions.isnan()]
-    error = questions.std() / math.sqrt(len(questions)) if len(questions) > 1 else math.nan
-    return float(questions.mean()), float(error)
 
 
 def describe(
@@ -57,137 +48,245 @@ def describe(
     rewards: Rewards,
     advantage: torch.Tensor,
 ) -> dict:
-    """The step in numbers (README, Metrics). The two accuracies read labels, for the log; nothing trains on them."""
+    """The step in numbers (README, Metrics). What is right is read from labels, for the log; nothing trains on it."""
     rollouts = [o for group in groups for o in group]
-    votes = [boxed_answer(v.text) for v in majority(groups)]
-    agree = [equal(boxed_answer(s.text), v) for s, v in zip(references, votes, strict=True)]
-
-    def accuracy(texts):
-        mean, _ = mean_and_error(correct(batch, texts))
-        return None if mean != mean else mean  # NaN: no labels
-
-    return {
+    right, right_s = correct(batch, [texts(g) for g in groups]), correct(batch, [[s.text] for s in references])[:, 0]
+    numbers = {
         "reward": float(rewards.values.nanmean()),
         "reward_std": float(rewards.values.std(dim=1).nanmean()),
         "frac_reward_zero_std": float((advantage == 0).all(dim=1).float().mean()),
-        "accuracy/rollouts": accuracy([[o.text for o in group] for group in groups]),
-        "accuracy/reference": accuracy([[s.text] for s in references]),
-        "reference/majority_agreement": sum(agree) / len(agree) if any(votes) else None,  # None: there is nothing to vote on
+        "accuracy/rollouts": float(right.nanmean()),
+        "accuracy/reference": float(right_s.nanmean()),
         "reference/clipped_ratio": sum(s.finish_reason == "length" for s in references) / len(references),
+        "reference/cut_rollouts": sum(s.cut for s in references) / len(rollouts),
         **rewards.stats,
         "completions/mean_length": sum(len(o.ids) for o in rollouts) / len(rollouts),
         "completions/clipped_ratio": sum(o.finish_reason == "length" for o in rollouts) / len(rollouts),
     }
+    found = mechanism(batch, groups, references, majority(batch, groups))
+    numbers["reference/majority_agreement"] = 1 - found["differs"] / found["voted"] if found["voted"] else None
+    return numbers | {f"mechanism/{name}": value for name, value in found.items()}
 
 
-def healthbench_mean(values: torch.Tensor) -> tuple[float, float]:
-    """HealthBench's mean over questions, clipped to [0, 1], and its bootstrap standard deviation. `values` (Q, n)."""
-    questions = values.nanmean(dim=1)  # (Q,)
-    questions = questions[~questions.isnan()]
-    if not len(questions):
-        return math.nan, math.nan
-    draws = torch.randint(len(questions), (1000, len(questions)), generator=torch.Generator().manual_seed(0))
-    return float(questions.mean().clamp(0, 1)), float(questions[draws].mean(dim=1).clamp(0, 1).std())
+def mechanism(questions, groups, references, others) -> dict:
+    """What a reference adds to its rollouts, in numbers of questions (paper, section 5; only boxed answers count).
 
+    `others`: what another aggregator made of the same rollouts.
 
-def final_table(
-    questions: Sequence[Question],
-    sample_anchor: Callable,
-    sample_policy: Callable,
-    aggregate: Callable,
-    group_size: int,
-    score: Callable = correct,
-) -> list[dict]:
-    """The rows of the table that ends a run: the same questions, answered in four ways (three, if none can vote).
-
-    `sample_anchor(prompts, n)` and `sample_policy(prompts, n)` sample from pi_0 and pi_t; `aggregate(groups)` makes
-    the references, as in training; `score(questions, texts)` is `correct`, or asks a judge, (Q, n). The accuracy of a
-    single answer is the mean of G of them, for a smaller error; where each costs calls of a judge, it is of one.
+        voted, differs, other_right     `others` has an answer; the reference's is not the same; the other is right then
+        new                             the reference has an answer that no rollout has
+        hopeless                        no rollout is right
+        ..._right                       and the reference is right there
+        entropy                         of the rollouts' answers, nats, mean over questions: 0 where all agree
     """
-    judged = questions[0].rubric is not None
-    summary = healthbench_mean if judged else mean_and_error
+    answers, rivals = ([boxed_answer(s.text) for s in made] for made in (references, others))
+    right, other_right = (correct(questions, [[s.text] for s in made])[:, 0] for made in (references, others))  # (Q,)
+    right_o = correct(questions, [texts(group) for group in groups])  # (Q, G)
+    classes = [answer_classes(group) for group in groups]
+    known = [[boxed_answer(c[0].text) for c in found] for found in classes]
+    sets = {
+        "differs": [b is not None and not equal(a, b) for a, b in zip(answers, rivals, strict=True)],
+        "new": [a is not None and not any(equal(a, b) for b in found) for a, found in zip(answers, known, strict=True)],
+        "hopeless": (right_o == 0).all(dim=1).tolist(),
+    }
+    counts = {name: sum(members) for name, members in sets.items()} | {"voted": sum(b is not None for b in rivals)}
+    counts |= {f"{name}_right": int((right[torch.tensor(members)] == 1).sum()) for name, members in sets.items()}
+    counts["other_right"] = int((other_right[torch.tensor(sets["differs"])] == 1).sum())
+    if right.isnan().any():  # no labels, so nothing is known to be right
+        counts |= dict.fromkeys([name for name in counts if name.endswith("right")] + ["hopeless"])
+    shares = [[len(c) / sum(map(len, found)) for c in found] for found in classes if found]  # of the answers
+    entropy = [-sum(p * math.log(p) for p in each) for each in shares]
+    return counts | {"entropy": sum(entropy) / len(entropy) if entropy else None}
 
-    def row(name, texts, generations, tokens):
-        texts = [list(answers)[: 1 if judged else None] for answers in texts]
-        values = score(questions, texts)  # (Q, n)
-        accuracy, error = (None if math.isnan(x) else x for x in summary(values))
-        numbers = {"accuracy": accuracy, "error": error, "scored": int((~values.isnan()).any(dim=1).sum())}
-        return {"name": name, **numbers, "generations": generations, "tokens": tokens}
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def pass_at_k(right: torch.Tensor, k: int) -> torch.Tensor:
+    """The chance that one of k samples is right, (Q,), from n >= k of them, `right` (Q, n): 1 - C(n-c, k) / C(n, k), which
+    has no bias (Chen et al. 2021, arXiv 2107.03374)."""
+    n = right.shape[1]
+    return torch.tensor([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(dim=1)])
+
+
+# ------------------------------------------------------------------------------------------------- comparison
+
+
+def compare(s, questions: Sequence[Question], engine, judge, aggregators, sizes: Sequence[int], trained: bool) -> dict:
+    """The same questions answered in every way: results for results.json (README, "Evaluate it").
+
+    pi_0 is sampled once, s.group_size times a question; every aggregator gets those rollouts, in parts of each size of
+    `sizes`, and a question's score is the mean over the parts. `trained`: also pi_t, and synthesis on top of it.
+    Where every answer costs calls of a judge, one part and one rollout are scored instead of all.
+    """
+    prompts, g, judged = [q.messages for q in questions], s.group_size, questions[0].rubric is not None
+    sampling, boxed = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}, s.reward == "match"
+    score = partial(physician_scores, judge=judge) if judged else correct  # (questions, texts) -> (Q, n)
+    anchor = Anchor(engine, partial(seed_of, s.seed, "final", "anchor"), **sampling)
+    rows = []
+
+    def add(kind, answers, generations, tokens, **more):
+        values = score(questions, [list(row)[: 1 if judged else None] for row in answers])  # (Q, n)
+        rows.append({"kind": kind, **more, "generations": generations, "tokens": tokens, "answers": values.shape[1]})
+        rows[-1]["values"] = [None if math.isnan(v) else v for v in values.nanmean(dim=1).tolist()]
+        return values
 
     def mean_length(groups: Sequence[Sequence[Rollout]]) -> float:
         return sum(len(o.ids) for group in groups for o in group) / sum(map(len, groups))
 
-    prompts = [q.messages for q in questions]
-    before = sample_anchor(prompts, group_size)
-    references: list[Reference] = aggregate(before)
-    votes = majority(before)
-    after = sample_policy(prompts, group_size)
-    one, g = mean_length(before), group_size
-    written = sum(s.tokens for s in references) / len(references)
-    vote = [row(f"majority of {g}, at inference", [[s.text] for s in votes], g, g * one)]
-    return [
-        row("initial policy", [[o.text for o in group] for group in before], 1, one),
-        *(vote if any(s.text for s in votes) else []),
-        row("reference at inference (initial policy)", [[s.text] for s in references], g + bool(written), g * one + written),
-        row("trained policy", [[o.text for o in group] for group in after], 1, mean_length(after)),
-    ]
+    def aggregate(kind, groups, name, size) -> list[Reference]:
+        """Adds the row; returns the references of the first part."""
+        parts = 1 if judged else g // size
+        print(f"{time.strftime('%H:%M:%S')}  {name} of {size}", flush=True)
+        shares = [group[i * size : (i + 1) * size] for i in range(parts) for group in groups]
+        made = AGGREGATORS[name](list(questions) * parts, shares, anchor, boxed)  # question q of part i at i * Q + q
+        answers = [[s.text for s in made[q :: len(questions)]] for q in range(len(questions))]
+        written, cut = sum(s.tokens for s in made) / len(made), sum(s.cut for s in made)
+        cost = size + bool(written), size * mean_length(groups) + written
+        add(kind, answers, *cost, aggregator=name, size=size, cut=cut)
+        return made[: len(questions)]
+
+    before = engine.sample(prompts, g, policy=False, seed=seed_of(s.seed, "before"), **sampling)
+    right = add("initial", [texts(group) for group in before], 1, mean_length(before))
+    whole = {}  # what each aggregator makes of all G
+    for name in aggregators:
+        for size in sizes:
+            if size > 1 or name.startswith("synthesis"):  # the others return their only rollout
+                made = aggregate("inference", before, name, size)
+                whole |= {name: made} if size == g else {}
+    digest = hashlib.sha256(json.dumps([q.messages for q in questions]).encode()).hexdigest()
+    results = {"questions": len(questions), "digest": digest, "judged": judged, "rows": rows}
+    results |= {"style": {"rollouts": style([texts(group) for group in before])}}
+    results["style"] |= {name: style([[s.text] for s in made]) for name, made in whole.items()}
+    if boxed and "synthesis" in whole:
+        rivals = {name: made for name, made in whole.items() if name != "synthesis"}
+        results["mechanism"] = {n: mechanism(questions, before, whole["synthesis"], made) for n, made in rivals.items()}
+    if trained:
+        after = engine.sample(prompts, g, policy=True, seed=seed_of(s.seed, "after"), **sampling)
+        right_after = add("trained", [texts(group) for group in after], 1, mean_length(after))
+        aggregate("on trained", after, s.aggregator, g)
+        if not judged and not right.isnan().any():
+            ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= g]
+            both = {"initial": right, "trained": right_after}
+            results["pass"] = {n: {f"{k}": float(pass_at_k(v, k).mean()) for k in ks} for n, v in both.items()}
+            unsolved = right.sum(dim=1) == 0  # by any of the G rollouts of pi_0
+            now = right_after[unsolved].mean(dim=1)
+            results["coverage"] = {
+                "unsolved": int(unsolved.sum()), "solved_now": int((now > 0).sum()), "solved_mostly": int((now > 0.5).sum())
+            }  # fmt: skip
+    return results
 
 
-def format_table(rows: Sequence[dict], questions: int, judged: bool = False) -> str:
-    """The table as Markdown, and what an answer costs at inference time against the trained policy."""
-    measure = "score" if judged else "accuracy"
-    spread = "± bootstrap standard deviation, clipped to [0, 1]" if judged else "± standard error over questions"
-    lines = [f"| on {questions} questions | {measure} | generations | tokens |", "|---|---|---|---|"]
-    for r in rows:
-        error = "" if r["error"] is None else f" ± {r['error']:.3f}"
-        accuracy = "no labels" if r["accuracy"] is None else f"{r['accuracy']:.3f}{error}"
-        few = f" (of {r['scored']} questions)" if 0 < r["scored"] < questions else ""  # the judge left the others open
-        lines.append(f"| {r['name']} | {accuracy}{few} | {r['generations']} | {r['tokens']:.0f} |")
-    cat, trained = rows[-2:]
-    lines += [
-        "",
-        f"{measure}: mean {spread}; generations and tokens: per answer.",
-        "test-time compute, reference at inference against trained policy: "
-        f"{cat['generations'] / trained['generations']:.0f} : 1 in generations, "
-        f"{cat['tokens'] / trained['tokens']:.1f} : 1 in generated tokens",
-    ]
+def plot(out: Path, measured: Sequence[dict]) -> None:
+    """comparison.png: accuracy against generations an answer costs, and what synthesis adds to the majority."""
+    found = runs.methods(measured)
+    at_inference = [m for m in found.values() if m["kind"] == "inference"]
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    first = found["initial policy"]
+    for name in dict.fromkeys(m["aggregator"] for m in at_inference):
+        ms = [m for m in at_inference if m["aggregator"] == name]
+        ms = ms if ms[0]["size"] == 1 else [first, *ms]  # of one rollout, a selection is that rollout
+        points = [runs.interval(runs.scores(m)) for m in ms]
+        errors = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
+        costs, means = [m["generations"] for m in ms], [p["mean"] for p in points]
+        left.errorbar(costs, means, errors, marker="o", ms=4, capsize=2, label=name)
+    for name, m in found.items():
+        if m["kind"] in ("initial", "trained"):
+            p = runs.interval(runs.scores(m))
+            left.plot(m["generations"], p["mean"], "*" if m["kind"] == "trained" else "s", ms=13, label=name)
+            left.axhline(p["mean"], lw=0.7, ls=":", color="grey")
+    by_size = {(m["aggregator"], m["size"]): m for m in at_inference}
+    for (name, size), m in by_size.items():
+        if name == "synthesis" and (vote := by_size.get(("majority", size))):
+            d = runs.difference(m, vote)
+            right.errorbar(
+                size, d["mean"], [[d["mean"] - d["low"]], [d["high"] - d["mean"]]], marker="o", color="C0", capsize=3
+            )
+    right.axhline(0, color="grey", lw=0.7)
+    right.set(xlabel="G, rollouts", title="synthesis minus majority, paired, 95% intervals")
+    left.set(xlabel="generations per answer", title="accuracy, 95% intervals")
+    left.set_xscale("log", base=2)
+    left.legend(fontsize=8)
+    figure.savefig(out / "comparison.png", dpi=120)
+
+
+def explain(results: dict) -> str:
+    """What the table does not show, as small tables: counts of questions, pass@k, how texts are written."""
+    lines = []
+    for corner, part in (("synthesis against", "mechanism"), ("pass@k", "pass"), ("per text", "style")):
+        if rows := results.get(part):
+            cells = [[corner, *next(iter(rows.values()))]]
+            for name, numbers in rows.items():
+                cells.append([name, *(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in numbers.values())])
+            lines += [*runs.markdown(cells), ""]
+    if (m := results.get("coverage")) is not None:
+        lines.append(f"no rollout of the initial policy is right on {m['unsolved']} questions; of these the trained policy "
+                     f"solves {m['solved_now']} at least once, {m['solved_mostly']} in most rollouts")  # fmt: skip
     return "\n".join(lines)
 
 
-def show(run: Path, step: int) -> str:
-    """Every question of a step of a run as a table: rollouts across, criteria down. Raises InputError."""
-    try:
-        lines = (run / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
-    except OSError:
-        raise InputError(f"{run} holds no rollouts.jsonl: give the folder of a run") from None
-    rows = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] == step]
-    if not rows:
-        raise InputError(f"{run} has no step {step}: it is counted from 0, and metrics.jsonl lists them")
-    marks, parts = {True: "yes", False: "no", None: "?"}, []
-    for row in rows:
-        parts += ["=" * 100, *(f"{m['role']}: {m['content']}" for m in row["question"])]
-        parts += [f"\n--- rollout {i}\n{text}" for i, text in enumerate(row["rollouts"], start=1)]
-        parts += [f"\n--- reference\n{row['reference']}\n"]
-        table = [["", *(f"{i}" for i in range(1, len(row["rollouts"]) + 1))]]
-        for k, criterion in enumerate(row.get("rubric", [])):
-            table.append([criterion, *(marks[verdicts[k]] for verdicts in row["verdicts"])])
-        table.append(["reward", *("-" if r is None else f"{r:.2f}" for r in row["rewards"])])
-        parts += ["| " + " | ".join(cells) + " |" for cells in [table[0], ["---"] * len(table[0]), *table[1:]]]
-    return "\n".join(parts)
+def save_comparison(out: Path, settings: dict, results: dict, started: float) -> None:
+    """Writes results.json, table.md and comparison.png, and prints the table."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux; without the answer checker's 0.3 GiB
+    results |= {"minutes": (time.perf_counter() - started) / 60, "peak_gib": peak}
+    runs.write_json(out / "results.json", results)
+    text = f"{runs.table(measured := [results | {'settings': settings}])}\n\n{explain(results)}"
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    if any(score is not None for row in results["rows"] for score in row["values"]):  # there are labels
+        plot(out, measured)
+    print(f"\n{text}\n\n{results['minutes']:.1f} minutes, peak memory {peak:.2f} GiB; {out}/ holds it all")
+
+
+def evaluate(given: dict) -> None:
+    """The command without a subcommand. Raises InputError."""
+    started = time.perf_counter()
+    adapter, names, sizes = (given.pop(name, None) for name in ("adapter", "aggregators", "sizes"))
+    if adapter and "seed" in given:
+        raise InputError("with --adapter the seed is the run's: leave --seed out")
+    out, settings, _ = settle(given, adapter and runs.saved_settings(adapter))
+    s = argparse.Namespace(**settings)
+    sizes = sorted(set(sizes or [2**k for k in range(s.group_size.bit_length())]) | {s.group_size})
+    if not 1 <= sizes[0] <= sizes[-1] <= s.group_size:
+        raise InputError(f"--sizes are of parts of the {s.group_size} rollouts of --group-size: take them from 1 to that")
+    names = names or [name for name in AGGREGATORS if name != "single" and (name != "majority" or s.reward == "match")]
+    _, questions = load_questions(s)
+    base, tokenizer = load_base(s.model)
+    policy = saved_policy(base, adapter) if adapter else add_lora(base, s.lora_rank, s.seed)
+    runs.create(out, settings)
+    engine, judge = load_engine(s, policy, tokenizer, out)
+    print(f"{len(questions)} questions, {s.group_size} rollouts each, in parts of {sizes}", flush=True)
+    results = compare(s, questions, engine, judge, names, sizes, trained=adapter is not None)
+    save_comparison(out, settings, results | {"adapter": adapter and str(adapter)}, started)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("show", help="print a step of a run: questions, rollouts, references, rubrics, verdicts")
+    parser = parser_of(__doc__.split("\n")[0], EVALUATION)
+    parser.add_argument("--adapter", type=Path, help="folder of a run: its settings, and its trained policy as well")
+    parser.add_argument("--aggregators", nargs="+", choices=list(AGGREGATORS), help="which; default: all that suit the task")
+    parser.add_argument("--sizes", nargs="+", type=int, help="rollouts that an aggregator gets; default: 1, 2, 4, ... and G")
+    commands = parser.add_subparsers(dest="command", metavar="{table,show}")
+    command = commands.add_parser("table", help="what runs and evaluations have measured, in one table")
+    command.add_argument("runs", type=Path, nargs="+", help="their folders")
+    command.add_argument("--against", default="initial policy", help="the row that differences are taken to")
+    command = commands.add_parser("show", help="a step of a run: questions, rollouts, references, rubrics, verdicts")
     command.add_argument("run", type=Path, help="the run's folder")
     command.add_argument("step", type=int, help="the step, from 0")
-    arguments = parser.parse_args(argv)
+    given = vars(parser.parse_args(argv))
     try:
-        print(show(arguments.run, arguments.step))
+        if given.get("command") == "table":
+            print(runs.table([runs.saved_results(run) for run in given["runs"]], given["against"]))
+        elif given.get("command") == "show":
+            print(runs.show(given["run"], given["step"]))
+        else:
+            given.pop("command", None)
+            evaluate(given)
     except InputError as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
+    except (EngineError, JudgeError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print(f"evaluate.py: stopped: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 

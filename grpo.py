@@ -227,7 +227,7 @@ def update(
         with torch.no_grad():
             old = [logprobs_of(rows)[0] for rows in cuts]
 
-    sums = {"loss": 0.0, "kl": 0.0, "clip_ratio": 0.0, "entropy": 0.0, "difference": 0.0, "grad_norm": 0.0}
+    sums = {"loss": 0.0, "nll": 0.0, "kl": 0.0, "clip_ratio": 0.0, "entropy": 0.0, "difference": 0.0, "grad_norm": 0.0}
     largest_difference, seen_tokens, skipped = 0.0, 0, 0
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()  # no dropout anywhere in the base either; gradients flow all the same
@@ -269,6 +269,7 @@ def update(
                 sums[name] += value
             seen_tokens += int(mask.sum())
             sums["entropy"] += float(entropy.sum())
+            sums["nll"] -= float((logprobs.detach() * mask).sum())
             if k == 0:
                 difference = (old_logprobs - engine_logprobs).abs() * mask
                 sums["difference"] += float(difference.sum())
@@ -290,6 +291,7 @@ def update(
         "grad_norm": sums["grad_norm"] / max(updates, 1),
         "kl": per_token("kl") if beta else None,
         "entropy": per_token("entropy"),
+        "nll": per_token("nll"),
         "clip_ratio": per_token("clip_ratio"),
         "sampling/logp_difference_mean": sums["difference"] * updates / seen_tokens if seen_tokens else None,
         "sampling/logp_difference_max": largest_difference if seen_tokens else None,

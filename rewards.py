@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import re
 import subprocess
 import sys
@@ -221,6 +222,20 @@ def match(
     rows = [[float(equal(boxed_answer(o.text), t)) for o in group] for group, t in zip(groups, targets, strict=True)]
     stats = {"reference/unparsable": sum(t is None for t in targets) / len(targets)}
     return Rewards(torch.tensor(rows, dtype=torch.float32), stats)  # (Q, G)
+
+
+def healthbench_score(verdicts: Sequence[bool | None], points: Sequence[float]) -> float:
+    """HealthBench's score of one response: points of the criteria met / sum of the positive points.
+
+    A negative criterion is met where what it warns of is present. The score can be negative; its mean over questions is
+    clipped to [0, 1], not the score itself. Unknown verdicts are left out of both sums; NaN if no positive one is left.
+
+    >>> healthbench_score([True, False, True], [10, 5, -6])
+    0.26666666666666666
+    """
+    known = [(v, p) for v, p in zip(verdicts, points, strict=True) if v is not None]
+    possible = sum(p for _, p in known if p > 0)
+    return sum(p for v, p in known if v) / possible if possible else math.nan
 
 
 def penalise_length(rewards: Rewards, groups: Sequence[Sequence[Rollout]], limit: int | None) -> None:

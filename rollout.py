@@ -17,11 +17,12 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper, set_seed
 
-from grpo import token_logprobs
+from grpo import micro_batches, token_logprobs
 from tasks import InputError, one_line
 
 NOT_FINITE = "the model's logits are not finite: lower --lr, or raise --beta"
@@ -104,7 +105,7 @@ class TransformersEngine(Engine):
         `policy=False` samples from the anchor pi_0. `temperature` 0 is greedy. `top_k` (0: off) and `top_p` are for
         evaluation alone: truncated samples come from another distribution than the one whose gradient is taken. The
         result is a function of the arguments and the weights: all randomness is a generator seeded with `seed`.
-        `choices` are the only texts that are allowed; vLLM can enforce that, this engine leaves it to the prompt.
+        `choices` are the only texts that are allowed, if there are any.
 
         Raises InputError if a prompt and `max_new_tokens` do not fit the model's context, and FloatingPointError if the
         logits are not finite.
@@ -112,6 +113,7 @@ class TransformersEngine(Engine):
         encoded = self.encode_all(prompts, max_new_tokens)
         truncate = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k else [])
         truncate += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        allowed = [[*self.tokenizer.encode(text, add_special_tokens=False), self.stop_ids[0]] for text in choices]
         generator = torch.Generator(self.model.device).manual_seed(seed)
         results: list[list[Rollout]] = [[] for _ in prompts]
         self.model.eval()
@@ -122,13 +124,14 @@ class TransformersEngine(Engine):
                 width = len(encoded[pending[-1]]) + max_new_tokens
                 count = max(1, self.batch_tokens // (n * width))
                 pending, batch = pending[:-count], pending[-count:]  # the longest first: too large fails at once
-                rows = self._generate([encoded[q] for q in batch], n, temperature, truncate, max_new_tokens, generator)
+                todo = [encoded[q] for q in batch]
+                rows = self._generate(todo, n, temperature, truncate, allowed, max_new_tokens, generator)
                 for row, (ids, logprobs) in enumerate(rows):
                     q = batch[row // n]
                     results[q].append(self.rollout(ids, logprobs, encoded[q]))
         return results
 
-    def _generate(self, prompts, n, temperature, truncate, max_new_tokens, generator) -> list[tuple[list, list]]:
+    def _generate(self, prompts, n, temperature, truncate, allowed, max_new_tokens, generator) -> list[tuple[list, list]]:
         """Sample rows B*n, row b*n + i being the i-th completion of prompts[b]: (ids, log-probabilities) each."""
         device, pad = self.model.device, self.stop_ids[0]  # any id will do: padding is masked by position, not by id
         width = max(map(len, prompts))
@@ -139,10 +142,8 @@ class TransformersEngine(Engine):
         # Each prompt is read ONCE; its keys and values are then shared out to its n rollouts. generate() with
         # num_return_sequences=n reads it n times.
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, width)
-        output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
+        step_with = partial(self.model, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = step_with(input_ids=ids, attention_mask=mask, position_ids=position)
         cache.batch_repeat_interleave(n)
         logits = output.logits[:, -1].repeat_interleave(n, dim=0)  # (B*n, V)
         mask = mask.repeat_interleave(n, dim=0)  # (B*n, width)
@@ -151,6 +152,10 @@ class TransformersEngine(Engine):
         rows = torch.arange(len(prompts) * n, device=device)  # which completion each live row belongs to
         completions = [([], []) for _ in rows]
         for step in range(max_new_tokens):
+            for row, i in enumerate(rows.tolist() if allowed else []):  # only what continues one of the choices
+                others = torch.ones_like(logits[row], dtype=torch.bool)  # (V,)
+                others[[ids[step] for ids in allowed if ids[:step] == completions[i][0]]] = False
+                logits[row] = logits[row].masked_fill(others, -torch.inf)
             logprobs = torch.log_softmax(truncate(None, logits.float() / (temperature or 1.0)), dim=-1)  # (rows, V)
             if logprobs.isnan().any():
                 raise FloatingPointError(NOT_FINITE)
@@ -170,9 +175,7 @@ class TransformersEngine(Engine):
                 cache.batch_select_indices(keep)
                 rows, token, mask, position = rows[keep], token[keep], mask[keep], position[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-            output = self.model(
-                input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-            )
+            output = step_with(input_ids=token, attention_mask=mask, position_ids=position)
             logits, position = output.logits[:, -1], position + 1
         return completions
 
@@ -180,11 +183,13 @@ class TransformersEngine(Engine):
     def score(self, prompts: Sequence[Messages], completions: Sequence[list[int]], *, policy: bool = True) -> list:
         """Log-probabilities (nats, temperature 1) of each token of completions[i] after prompts[i], (|o_i|,) each."""
         self.model.eval()
-        scores = []
+        scores, encoded = [[] for _ in prompts], [self.encode(messages) for messages in prompts]
+        lengths = [len(q) + len(o) for q, o in zip(encoded, completions, strict=True)]
         with nullcontext() if policy else self.model.disable_adapter():
-            for messages, ids in zip(prompts, completions, strict=True):
-                logprobs, _, _ = token_logprobs(self.model, [self.encode(messages)], [ids], temperature=1.0)
-                scores.append(logprobs[0].tolist())
+            for rows in micro_batches(lengths, self.batch_tokens // 8):
+                batch = [encoded[i] for i in rows], [completions[i] for i in rows]
+                for i, logprobs in zip(rows, token_logprobs(self.model, *batch, temperature=1.0)[0].tolist(), strict=True):
+                    scores[i] = logprobs[: len(completions[i])]
         return scores
 
 

@@ -25,8 +25,7 @@ from xml.sax.saxutils import escape
 import openai
 import torch
 
-from evaluate import healthbench_score
-from rewards import Rewards, match
+from rewards import Rewards, healthbench_score, match
 from rollout import Messages
 from synthesize import Reference
 from tasks import Question

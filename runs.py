@@ -1,13 +1,15 @@
-"""A run on disk, in a form that survives anything: settings, logs, checkpoint, adapter, curves.
+"""A run on disk, in a form that survives anything: written, continued, and read again as texts, tables and plots.
 
-config.json      every setting, the git commit, the versions
+In the folder of a run:
+    config.json      every setting, the git commit, the versions
     metrics.jsonl    one line a step
     rollouts.jsonl   one line a question and step: q, o_1..o_G, s, R; with rubrics the criteria, verdicts and judge's texts
     split.json       which questions were held out, where the task names them
     judge.jsonl      every answer of a judge behind a server, so that none is paid for twice
     checkpoint/      state.pt: the newest completed step; best.pt: the one with the best validation score
     adapter/         the LoRA, for peft.PeftModel.from_pretrained
-    results.json     the final table;  curves.png: reward, true accuracy, KL, completion length
+    results.json     the final comparison, question by question;  table.md: the same to read
+    curves.png       reward, true accuracy, KL, completion length;  comparison.png: accuracy against generations
 """
 
 import json
@@ -15,12 +17,21 @@ import math
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from tasks import InputError
+
+# What a resumed run may change: how far it goes, and what moves memory or work but not results (beyond rounding).
+MAY_CHANGE = "steps eval_questions engine engine_args sleep micro_batch_tokens gradient_checkpointing".split()
+MAY_CHANGE += ["judge_url", "judge_concurrency"]
+
+PAPER_NAMES = {("grpo", "synthesis"): "CaT", ("sft", "synthesis"): "CaT-SFT", ("grpo", "majority"): "TTRL"}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -80,7 +91,7 @@ def saved_settings(out: Path) -> dict:
     try:
         return json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, json.JSONDecodeError, KeyError):
-        raise InputError(f"{out} holds no run to resume (no config.json): check --out, or leave --resume out") from None
+        raise InputError(f"{out} holds no run (no config.json): give the folder of one") from None
 
 
 def save_checkpoint(out: Path, state: dict, model, optimizer, best: bool = False) -> None:
@@ -129,21 +140,145 @@ def drop_lines_after(out: Path, steps: int) -> None:
                 file.truncate(end)
 
 
+def show(run: Path, step: int) -> str:
+    """Every question of a step of a run as a table: rollouts across, criteria down. Raises InputError."""
+    try:
+        lines = (run / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
+    except OSError:
+        raise InputError(f"{run} holds no rollouts.jsonl: give the folder of a run") from None
+    rows = [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] == step]
+    if not rows:
+        raise InputError(f"{run} has no step {step}: it is counted from 0, and metrics.jsonl lists them")
+    marks, parts = {True: "yes", False: "no", None: "?"}, []
+    for row in rows:
+        parts += ["=" * 100, *(f"{m['role']}: {m['content']}" for m in row["question"])]
+        parts += [f"\n--- rollout {i}\n{text}" for i, text in enumerate(row["rollouts"], start=1)]
+        parts += [f"\n--- reference\n{row['reference']}\n"]
+        table = [["", *(f"{i}" for i in range(1, len(row["rollouts"]) + 1))]]
+        for k, criterion in enumerate(row.get("rubric", [])):
+            table.append([criterion, *(marks[verdicts[k]] for verdicts in row["verdicts"])])
+        table.append(["reward", *("-" if r is None else f"{r:.2f}" for r in row["rewards"])])
+        parts += markdown(table)
+    return "\n".join(parts)
+
+
+def markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in [table[0], ["---"] * len(table[0]), *table[1:]]]
+
+
+def interval(values: np.ndarray, draws: int = 10_000, clip: bool = False) -> dict[str, float]:
+    """Mean of `values` (runs, questions), its standard error and 95% interval, and the p-value of a mean of 0, two-sided.
+
+    A bootstrap in both directions: runs are drawn with replacement, and questions are, the same ones for all runs, as all
+    answer the same. A few runs vary too little among themselves, by (R - 1) / R, so their deviations are scaled up.
+    For the difference of two methods, give the differences, question by question: that makes it a paired test.
+    NaN is no value; `clip`: as HealthBench wants it, the mean is clipped to [0, 1], not the values.
+    """
+    values = np.atleast_2d(np.asarray(values, dtype=np.float64))
+    values = values[:, ~np.isnan(values).any(axis=0)]
+    r, q = values.shape
+    if q == 0:
+        return dict.fromkeys(("mean", "error", "low", "high", "p"), math.nan)
+    rng = np.random.default_rng(0)
+    runs = rng.multinomial(r, [1 / r] * r, size=draws) / r  # (draws, R), weights that sum to 1
+    runs = 1 / r + (runs - 1 / r) * math.sqrt(r / max(r - 1, 1))
+    questions = rng.multinomial(q, [1 / q] * q, size=draws) / q  # (draws, Q)
+    means = ((runs @ values) * questions).sum(axis=1)  # (draws,)
+    tail = min((means <= 1e-12).mean(), (means >= -1e-12).mean())  # of the draws, on the far side of 0
+    estimates = np.array([values.mean(), *np.quantile(means, [0.025, 0.975])])
+    mean, low, high = estimates.clip(0, 1) if clip else estimates
+    error = float(means.std()) if r * q > 1 else math.nan
+    return {"mean": mean, "error": error, "low": low, "high": high, "p": min(1.0, 2 * tail + 1 / draws)}
+
+
+def saved_results(out: Path) -> dict:
+    """What an evaluation or a finished run has measured, with its settings. Raises InputError."""
+    try:
+        results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        return results | {"settings": saved_settings(out)}
+    except (OSError, json.JSONDecodeError):
+        raise InputError(f"{out} holds no results.json: give folders of finished runs or of evaluations") from None
+
+
+def methods(measured: Sequence[dict]) -> dict[str, dict]:
+    """Rows of the same method put together: name -> {"runs": {seed: scores (Q,)}, and the first row's own entries}."""
+    found: dict[tuple, dict] = {}
+    for results in measured:
+        s = results["settings"]
+        trained = PAPER_NAMES.get((s["method"], s["aggregator"]), f"{s['method']} on {s['aggregator']}")
+        trained += f", reward {s['reward']}" if s["method"] == "grpo" and s["reward"] != "match" else ""
+        for row in results["rows"]:
+            name = {
+                "initial": "initial policy",
+                "inference": f"{row.get('aggregator')} of {row.get('size')}, at inference",
+                "trained": f"trained: {trained}",
+                "on trained": f"{row.get('aggregator')} of {row.get('size')} on trained: {trained}",
+            }[row["kind"]]
+            # Two runs are two seeds of one method only if nothing else differs that reaches this row.
+            reaches = s if "trained" in row["kind"] else {k: s[k] for k in ("model", "eval_sampling", "max_new_tokens")}
+            same = {k: v for k, v in reaches.items() if k == "steps" or k not in ("seed", *MAY_CHANGE)}
+            entry = found.setdefault((name, json.dumps(same, sort_keys=True)), {**row, "runs": {}, "name": name})
+            entry["runs"].setdefault(s["seed"], np.array(row["values"], dtype=np.float64))
+    by_name: dict[str, dict] = {}
+    for (name, same), entry in found.items():
+        rivals = [json.loads(other) for n, other in found if n == name]
+        differing = {k: v for k, v in json.loads(same).items() if any(r[k] != v for r in rivals)}
+        by_name[name + "".join(f", {k} {v}" for k, v in differing.items())] = entry
+    return by_name
+
+
+def scores(m: dict) -> np.ndarray:  # (runs, questions)
+    return np.stack(list(m["runs"].values()))
+
+
+def difference(a: dict, b: dict) -> dict[str, float] | None:
+    """interval() of method a minus method b, paired by question and by seed; None if they have no seed in common."""
+    seeds = sorted(a["runs"].keys() & b["runs"].keys())
+    return interval(np.stack([a["runs"][seed] - b["runs"][seed] for seed in seeds])) if seeds else None
+
+
+def table(measured: Sequence[dict], against: str = "initial policy") -> str:
+    """Results as Markdown, a table for each set of questions. Raises InputError if there is no method `against`."""
+    lines = []
+    for digest in dict.fromkeys(results["digest"] for results in measured):
+        group = [results for results in measured if results["digest"] == digest]
+        found, judged, total = methods(group), group[0]["judged"], group[0]["questions"]
+        if against not in found:
+            raise InputError(f"there is no method {against!r} to compare with, there are: {', '.join(found)}")
+        cells = [[f"{group[0]['settings']['task']}, {total} questions", "runs", "score" if judged else "accuracy"]]
+        cells[0] += ["95% interval", "right", f"minus {against}", "p", "generations", "tokens"]
+        for name, m in found.items():
+            values = scores(m)
+            i, scored = interval(values, clip=judged), int((~np.isnan(values).any(axis=0)).sum())
+            d = difference(m, found[against]) if m is not found[against] else None
+            answers = m["answers"] * scored * len(values)
+            few = f" (of {scored} questions)" if 0 < scored < total else ""  # the judge left the others open
+            row = [name, f"{len(values)}", "no labels" if not scored else f"{i['mean']:.3f} ± {i['error']:.3f}{few}"]
+            row += [f"{i['low']:.3f} to {i['high']:.3f}" if scored else ""]
+            row += [f"{np.nansum(values) * m['answers']:.0f} of {answers}" if scored and not judged else ""]
+            row += [f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" if d and scored else ""]
+            row += [("< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}") if d and scored else ""]
+            cells.append([*row, f"{m['generations']}", f"{m['tokens']:.0f}"])
+        lines += [*markdown(cells), ""]
+    note = "± standard error, interval and p (two-sided): bootstrap over runs and questions, paired for differences"
+    return "\n".join([*lines, f"{note}; generations and tokens per answer, of the first run"])
+
+
 def plot(out: Path) -> None:
     """curves.png from metrics.jsonl: thin lines are steps, thick ones a running mean of ten."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no screen needed
-    import matplotlib.pyplot as plt
-
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     panels = {
         "Reward (share that agrees with the reference)": {"reward": "rollouts"},
         "True accuracy (labels, for the eye only)": {"accuracy/rollouts": "rollouts", "accuracy/reference": "reference"},
+        "Questions a step where reference and majority differ": {
+            f"mechanism/{key}": key.replace("_", " ") for key in ("differs", "differs_right", "other_right")
+        },
         "KL to the initial policy (nats a token)": {"kl": "k3"},
         "Completion length (tokens)": {"completions/mean_length": "mean"},
+        "Entropy of a question's answers (nats)": {"mechanism/entropy": "rollouts"},
     }
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
+    figure = Figure(figsize=(14, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharex=True)
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=True):
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
@@ -159,7 +294,6 @@ def plot(out: Path) -> None:
             axis.legend(fontsize=8)
     for axis in axes[1]:
         axis.set_xlabel("step")
-    for axis in axes[0]:
+    for axis in axes[0][:2]:
         axis.set_ylim(-0.02, 1.02)
     figure.savefig(out / "curves.png", dpi=120)
-    plt.close(figure)

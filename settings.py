@@ -13,24 +13,29 @@ from pathlib import Path
 import torch
 
 import runs
-from rubrics import REWARDS
+from rollout import TransformersEngine, VLLMEngine
+from rubrics import REWARDS, anchor_judge, server_judge
 from synthesize import AGGREGATORS
 from tasks import TASKS, InputError, one_line
 
 # What no task changes. A task's own defaults are in tasks.TASKS; what the command line says goes before both.
 DEFAULTS = {
-    "task": "sums", "data": None, "seed": 0, "group_size": 8, "beta": 1e-3, "kl": "loss", "temperature": 1.0, "clip": 0.2,
+    "task": "sums", "method": "grpo", "data": None, "seed": 0,
+    "group_size": 8, "beta": 1e-3, "kl": "loss", "temperature": 1.0, "clip": 0.2,
     "loss": "token", "updates_per_step": 1, "mask_truncated": False, "aggregator": "synthesis", "reward": "match",
     "micro_batch_tokens": 4096, "eval_questions": 500, "engine": "auto", "engine_args": {}, "sleep": False,
     "importance_cap": 2.0, "length_limit": None, "judge": "anchor", "judge_url": "https://api.openai.com/v1",
     "judge_model": None, "judge_concurrency": 32, "validate_every": 0, "validation_questions": 100, "patience": 5,
 }  # fmt: skip
 
-# What a resumed run may change: how far it goes, and what moves memory or work but not results (beyond rounding).
-MAY_CHANGE = (
-    "steps", "eval_questions", "engine", "engine_args", "sleep", "micro_batch_tokens", "gradient_checkpointing",
-    "judge_url", "judge_concurrency",
-)  # fmt: skip
+# What a method changes in the task's settings.
+METHODS = {"grpo": {}, "sft": {"validate_every": 5}}
+
+# What `evaluate.py` takes of all flags: what is asked, who answers, who judges.
+EVALUATION = {
+    "task", "data", "split", "model", "seed", "group-size", "max-new-tokens", "temperature", "reward", "judge", "judge-url",
+    "judge-model", "judge-concurrency", "engine", "engine-args", "eval-sampling", "eval-questions", "out",
+}  # fmt: skip
 
 # How the final table samples: the paper's settings, by a part of the model's name (its table of hyper-parameters).
 EVAL_SAMPLING = {
@@ -83,12 +88,14 @@ def eval_sampling(given: dict, model: str, temperature: float) -> dict:
     return settings
 
 
-def parse_arguments(argv: list[str] | None, description: str) -> dict:
-    """What the command line says, and only that: a setting that was not given is not in the result."""
+def parser_of(description: str, only: set[str] | None = None) -> argparse.ArgumentParser:
+    """A parser with every flag, or with those in `only`. A setting that is not given is not in its result."""
     count, positive = number(int, 1, "a whole number from 1 up"), number(float, 0, "a number above 0", strict=True)
     parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
 
     def flag(name, text, paper=None, **options):
+        if only and name not in only:
+            return
         key = name.replace("-", "_")
         by_task = [f"{t.settings[key]} for {task}" for task, t in TASKS.items() if key in t.settings and key != "model"]
         value = DEFAULTS.get(key)
@@ -98,8 +105,12 @@ def parse_arguments(argv: list[str] | None, description: str) -> dict:
 
     flag("task", "where the questions come from", choices=list(TASKS))
     flag("data", "JSONL file: MATH-500's or HealthBench's, or lines of {prompt, answer (optional)}; default: from the hub")
+    flag("split", "questions to train on: those of the final table without labels (test-time training), or others: the "
+         "task's own, or one half of all", choices=("test-time", "held-out"))  # fmt: skip
     flag("model", "policy and anchor: tiny, a Hugging Face id, or a local folder; default: tiny for sums, else "
          "Qwen/Qwen3-4B on a GPU or Qwen/Qwen2.5-0.5B-Instruct on a CPU", "Gemma 3 4B, Qwen 3 4B, Llama 3.1 8B")  # fmt: skip
+    flag("method", "GRPO on agreement with the references, or CaT-SFT: cross-entropy on those of the initial policy",
+         choices=list(METHODS))  # fmt: skip
     flag("steps", "training steps", "at most 1000", type=count)
     flag("seed", "of everything random", type=number(int, 0, "a whole number from 0 up", high=2**63 - 1))
     flag("group-size", "G, rollouts per question", "8", type=number(int, 2, "a whole number from 2 up"))
@@ -115,8 +126,8 @@ def parse_arguments(argv: list[str] | None, description: str) -> dict:
     flag("judge-url", "of that server; the key is read from OPENAI_API_KEY")
     flag("judge-model", "the judge's name there; default: none, so --judge server wants it")
     flag("judge-concurrency", "calls to that server at a time", type=count)
-    flag("validate-every", "steps between validations, which read labels to keep the best adapter; 0: none",
-         "early stopping on HealthBench", type=number(int, 0, "a whole number from 0 up"))  # fmt: skip
+    flag("validate-every", "steps between validations, which keep the best adapter and read labels (not with sft); 0: none",
+         "early stopping on HealthBench and for CaT-SFT", type=number(int, 0, "a whole number from 0 up"))  # fmt: skip
     flag("validation-questions", "how many training questions are kept for validation, at most one in ten", type=count)
     flag("patience", "validations without a better score before the run ends", type=count)
     flag("lr", "learning rate of AdamW, constant", "5e-7, full fine-tuning", type=positive)
@@ -141,7 +152,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> dict:
     flag("eval-questions", "how many held-out questions the final table takes; fewer is faster", type=count)
     flag("out", "the run's folder; default: runs/ plus task, model and time", type=Path)
     flag("resume", "continue the run in --out with its settings; --steps may be raised; default: no", action="store_true")
-    return vars(parser.parse_args(argv))
+    return parser
 
 
 def installed_engine() -> tuple[str, str]:
@@ -179,31 +190,45 @@ def check(settings: dict) -> None:
         raise InputError("--reward physician wants physicians' rubrics, which only --task healthbench has: take another")
 
 
-def settle(given: dict) -> tuple[Path, dict, bool]:
-    """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError."""
+def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
+    """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError.
+
+    `start`: settings to start from instead of the defaults, those of the run whose adapter is evaluated.
+    """
     out, resume = given.pop("out", None), given.pop("resume", False)
     for path in ("data", "model"):  # a run can be resumed from another folder
         if path in given and Path(given[path]).exists():
             given[path] = str(Path(given[path]).resolve())
+    if resume and out is None:
+        raise InputError("--resume wants --out DIR, the folder of the run to continue")
+    start = runs.saved_settings(out) if resume else start
+    if start and given.get("engine") == "transformers":  # what was said to vLLM is not for it
+        start |= {"engine_args": {}, "sleep": False}
     if resume:
-        if out is None:
-            raise InputError("--resume wants --out DIR, the folder of the run to continue")
-        settings = runs.saved_settings(out)
+        settings = start
         for key, value in given.items():
-            if key not in MAY_CHANGE and settings.get(key) != value:
+            if key not in runs.MAY_CHANGE and settings.get(key) != value:
                 flag = "--" + key.replace("_", "-")
                 raise InputError(f"{out} was started with {flag} {settings.get(key)}: leave {flag} out, or start a new run")
-        if given.get("engine") == "transformers":  # what was said to vLLM is not for it
-            settings |= {"engine_args": {}, "sleep": False}
         settings |= given
         check(settings)
         return out, settings, True
     task = TASKS[given.get("task", DEFAULTS["task"])]
-    settings = {**DEFAULTS, **task.settings, **given}
+    settings = {**(start or DEFAULTS | task.settings | METHODS[given.get("method", "grpo")]), **given}
     if callable(settings["model"]):
         settings["model"], why = settings["model"]()
         print(f"model: {settings['model']} ({why}; --model names another)")
-    settings["eval_sampling"] = eval_sampling(given.get("eval_sampling", {}), settings["model"], settings["temperature"])
+    given_sampling = settings.get("eval_sampling", {})
+    settings["eval_sampling"] = eval_sampling(given_sampling, settings["model"], settings["temperature"])
     check(settings)
     name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return out or Path("runs") / name, settings, False
+
+
+def load_engine(s: argparse.Namespace, policy, tokenizer, out: Path) -> tuple:
+    """(engine, judge) that the settings name."""
+    vllm = s.engine == "vllm"
+    engine = VLLMEngine(policy, tokenizer, s.engine_args, s.sleep) if vllm else TransformersEngine(policy, tokenizer)
+    if s.judge == "server":
+        return engine, server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
+    return engine, anchor_judge(engine)

@@ -3,6 +3,7 @@
 An answer, where a question has one, is carried along for evaluation. Training reads `Question.messages` and nothing else.
 """
 
+import argparse
 import json
 import random
 import zlib
@@ -10,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import huggingface_hub
 import torch
+import transformers
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY_MODEL = Path(__file__).resolve().parent / "models" / "tiny"
@@ -40,12 +44,28 @@ class Question:
         return "\n\n".join(f"{m['role']}: {m['content']}" for m in self.messages)
 
 
+def seed_of(seed: int, *where) -> int:
+    """A seed for one place in the run, like (step, "rollouts"). Nothing random carries over from step to step, so a
+    resumed run needs no random state: it draws what the unbroken one would have drawn."""
+    return random.Random(f"{seed}/{where}").getrandbits(62)
+
+
+def batch_of(questions: list, size: int, step: int, seed: int) -> list:
+    """The `size` questions of a step: consecutive ones of an endless list, each pass over the data in a new order."""
+    batch, orders = [], {}
+    for position in range(step * size, (step + 1) * size):
+        epoch, i = divmod(position, len(questions))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{seed}/epoch {epoch}").sample(range(len(questions)), len(questions))
+        batch.append(questions[orders[epoch][i]])
+    return batch
+
+
 @dataclass(frozen=True)
 class Task:
     """A task: how to load it, and the defaults of the settings that depend on it."""
 
     load: Callable[[Path | None, bool], tuple[list[Question], list[Question]]]  # data file, boxed -> (train, test)
-    protocol: str  # one line for the log: what is trained on, what is tested on
     settings: dict = field(default_factory=dict)  # setting -> value, or a function that finds it
 
 
@@ -165,8 +185,11 @@ def _text(answer) -> str | None:
 
 
 def load_base(name: str) -> tuple:
-    """(model, tokenizer) of a Hugging Face id or a local folder: bf16 on a GPU, float32 on a CPU. Raises InputError."""
-    gpu = torch.cuda.is_available()
+    """(model, tokenizer) of "tiny", a hub id or a local folder: bf16 on a GPU, float32 on a CPU. Raises InputError."""
+    gpu, name = torch.cuda.is_available(), str(TINY_MODEL) if name == "tiny" else name
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()  # without a network: our sentence, not its retries
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if gpu else torch.float32)
@@ -188,6 +211,14 @@ def load_base(name: str) -> tuple:
     return model, tokenizer
 
 
+def saved_policy(base, run: Path):
+    """`base` with a run's trained adapter. Raises InputError."""
+    try:
+        return PeftModel.from_pretrained(base, run / "adapter")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load {run}/adapter: give --adapter the folder of a run ({one_line(error)})") from None
+
+
 def hub_model() -> tuple[str, str]:
     """(model, why): one of the paper's models where there is a GPU, else one that a CPU can train."""
     if torch.cuda.is_available():
@@ -202,7 +233,6 @@ LORA = {"model": hub_model, "lr": 3e-5, "lora_rank": 32, "gradient_checkpointing
 TASKS = {
     "sums": Task(
         load_sums,
-        "trained on 4096 sums, tested on 500 others; the tiny model was taught neither",
         {
             "model": lambda: ("tiny", "the stand-in that is part of this repository"),
             "steps": 60,  # more gain little and risk what the README's "How it fails" shows
@@ -211,23 +241,36 @@ TASKS = {
             "lr": 5e-4,
             "lora_rank": 16,
             "gradient_checkpointing": False,
+            "split": "held-out",  # the tiny model was taught neither half
         },
     ),
     "math500": Task(
         load_math500,
-        "trained and tested on the same questions without labels, as in the paper",
-        LORA | {"steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1536},
+        LORA | {"steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1536, "split": "test-time"},
     ),
     "jsonl": Task(
         load_jsonl,
-        "trained and tested on the same questions without labels",
-        LORA | {"steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024},
+        LORA | {"steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024, "split": "test-time"},
     ),
     "healthbench": Task(
         load_healthbench,
-        "trained without labels on nine tenths, tested on the others by the physicians' rubrics, which choose the step too",
         LORA
         | {"steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1024, "reward": "rubric", "length_limit": 750}
-        | {"validate_every": 20, "eval_questions": 100},
+        | {"validate_every": 20, "eval_questions": 100, "split": "held-out"},
     ),
 }
+
+
+def load_questions(s: argparse.Namespace) -> tuple[list[Question], list[Question]]:
+    """(train, test) of a run's settings. Raises InputError.
+
+    --split test-time trains on the very questions of the final table, without their labels. held-out takes the task's
+    own held-out questions, or one half of all where it has none; the halves are the same whatever --seed is.
+    """
+    train, test = TASKS[s.task].load(s.data and Path(s.data), s.reward == "match")
+    if s.split == "test-time":
+        train = test
+    elif train is test:
+        shuffled = random.Random(0).sample(test, len(test))
+        train, test = shuffled[: len(test) // 2], shuffled[len(test) // 2 :]
+    return train, test[: s.eval_questions]

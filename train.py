@@ -1,62 +1,41 @@
 """Compute as Teacher: `python train.py` teaches a model from its own parallel answers, without labels.
 
-`cat_step` is the paper's Algorithm 1. For each step, with Q questions q and group size G:
+`cat_step` is the paper's Algorithm 1. In each step, with Q questions q and group size G:
 
     1. explore             the policy pi_t samples o_1..o_G for each q              rollout.py
     2. reference           the frozen anchor pi_0 reconciles them into s            synthesize.py
     3. reward              R(o_i; s), shape (Q, G)                                  rewards.py
     4. update              GRPO on the advantages of R, with a KL to pi_0           grpo.py
 
-It reads no label, unless --reward physician asks for that oracle. Labels, where a task has them, are read by evaluate.py
-for the curve and the final table, and by --validate-every to choose the step.
+`sft_step` is CaT-SFT (--method sft), the baseline that imitates s instead. Nothing reads a label, unless --reward
+physician asks for that oracle. Labels, where a task has them, are read by evaluate.py for the curve and the final table,
+and by --validate-every to choose the step.
 """
 
 import argparse
-import itertools
 import math
-import random
-import resource
 import shlex
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import torch
-import transformers
 from tqdm import tqdm
 
 import runs
-from evaluate import correct, describe, final_table, format_table, healthbench_mean, mean_and_error
+from evaluate import compare, correct, describe, save_comparison
 from grpo import add_lora, advantages, sequence_kl, update
-from rewards import penalise_length
-from rollout import EngineError, TransformersEngine, VLLMEngine
-from rubrics import MAX_UNKNOWN, REWARDS, JudgeError, anchor_judge, physician_scores, server_judge
-from settings import parse_arguments, settle
-from synthesize import AGGREGATORS, synthesis_messages
-from tasks import TASKS, TINY_MODEL, InputError, load_base
+from rewards import Rewards, boxed_answer, penalise_length
+from rollout import EngineError, Rollout
+from rubrics import MAX_UNKNOWN, REWARDS, JudgeError, physician_scores
+from settings import load_engine, parser_of, settle
+from synthesize import AGGREGATORS, CUT, Anchor, synthesis_messages
+from tasks import InputError, batch_of, load_base, load_questions, seed_of
 
 # Mean nats a token between engine and trainer above which a step warns. Rounding alone is far below: about 1e-6 in
 # float32 and 0.01 in bf16.
 MISMATCH = 0.05
-
-
-def seed_of(seed: int, *where) -> int:
-    """A seed for one place in the run, like (step, "rollouts"). Nothing random carries over from step to step, so a
-    resumed run needs no random state: it draws what the unbroken one would have drawn."""
-    return random.Random(f"{seed}/{where}").getrandbits(62)
-
-
-def batch_of(questions: list, size: int, step: int, seed: int) -> list:
-    """The `size` questions of a step: consecutive ones of an endless list, each pass over the data in a new order."""
-    batch, orders = [], {}
-    for position in range(step * size, (step + 1) * size):
-        epoch, i = divmod(position, len(questions))
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed}/epoch {epoch}").sample(range(len(questions)), len(questions))
-        batch.append(questions[orders[epoch][i]])
-    return batch
 
 
 def cat_step(s: argparse.Namespace, step: int, batch: list, engine, judge, policy, optimizer):
@@ -69,12 +48,12 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, judge, polic
     clock.append(time.perf_counter())
 
     # 2. Reference estimation: s from o_1..o_G, by the frozen anchor pi_0.                   Q references
-    ask_anchor = anchor_sampler(engine, sampling, s.seed, step)
-    references = AGGREGATORS[s.aggregator](groups, ask_anchor, boxed(s))
+    anchor = Anchor(engine, partial(seed_of, s.seed, step, "anchor"), **sampling)
+    references = AGGREGATORS[s.aggregator](batch, groups, anchor, boxed(s))
     clock.append(time.perf_counter())
 
     # 3. Reward derivation: R(o_i; s).                                                       (Q, G)
-    rewards = REWARDS[s.reward](groups, references, batch, ask_anchor, judge)
+    rewards = REWARDS[s.reward](groups, references, batch, anchor.sample, judge)
     penalise_length(rewards, groups, s.length_limit)
     rollouts, kl = [o for group in groups for o in group], None
     if s.kl == "reward" and s.beta:  # R - beta KL, the paper's setting; the default has the KL in the loss
@@ -101,6 +80,39 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, judge, polic
     return groups, references, rewards, numbers
 
 
+def sft_step(s: argparse.Namespace, step: int, batch: list, engine, judge, policy, optimizer):
+    """One step of CaT-SFT on Q questions (paper, its baseline): explore with pi_0, make references, imitate them.
+
+    Cross-entropy on s needs no code of its own: it is the policy gradient of a sample with advantage 1, without KL.
+    """
+    started, sampling = time.perf_counter(), {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
+    groups, references, targets = explore_with_anchor(s, step, batch, engine, sampling)
+    numbers = update(
+        policy, optimizer, [o for _, o in targets], torch.ones(len(targets)), beta=0.0, form=s.loss,
+        token_budget=s.micro_batch_tokens,
+    )  # fmt: skip
+    engine.sync()
+    nothing = torch.full((len(batch), s.group_size), math.nan)  # nobody is rewarded
+    rewards = Rewards(nothing)
+    numbers = describe(batch, groups, references, rewards, nothing) | numbers
+    numbers |= {"loss": numbers["nll"], "step_time": time.perf_counter() - started}
+    numbers |= dict.fromkeys(("frac_reward_zero_std", "sampling/logp_difference_mean", "sampling/logp_difference_max"))
+    return groups, references, rewards, numbers
+
+
+def explore_with_anchor(s: argparse.Namespace, where, batch: list, engine, sampling: dict) -> tuple[list, list, list]:
+    """(groups, references, targets) from pi_0 alone. Targets: (the chat of q, its reference as a rollout), but for
+    references that were cut off, or should end with an answer and do not: nobody should imitate those."""
+    seed = seed_of(s.seed, where, "rollouts")
+    groups = engine.sample([q.messages for q in batch], s.group_size, policy=False, seed=seed, **sampling)
+    anchor = Anchor(engine, partial(seed_of, s.seed, where, "anchor"), **sampling)
+    references, targets = AGGREGATORS[s.aggregator](batch, groups, anchor, boxed(s)), []
+    for q, group, r in zip(batch, groups, references, strict=True):
+        if r.ids and r.finish_reason == "stop" and not (boxed(s) and boxed_answer(r.text) is None):
+            targets.append((q.messages, Rollout(r.text, r.ids, [], r.finish_reason, group[0].prompt_ids)))
+    return groups, references, targets
+
+
 def train(
     s: argparse.Namespace, out: Path, questions: list, engine, judge, policy, optimizer, state: dict, validate
 ) -> None:
@@ -108,7 +120,7 @@ def train(
     bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step")
     for step in bar:
         batch = batch_of(questions, s.prompts_per_step, step, s.seed)
-        groups, references, rewards, numbers = cat_step(s, step, batch, engine, judge, policy, optimizer)
+        groups, references, rewards, numbers = STEPS[s.method](s, step, batch, engine, judge, policy, optimizer)
         state["step"] = step + 1
         state["num_tokens"] += sum(len(o.ids) for group in groups for o in group) + sum(r.tokens for r in references)
         state["skipped_in_a_row"] = state["skipped_in_a_row"] + 1 if numbers["update/skipped"] else 0
@@ -140,6 +152,9 @@ def train(
             )
 
 
+STEPS = {"grpo": cat_step, "sft": sft_step}
+
+
 def doubted(numbers: dict) -> bool:
     """Whether so many of a step's verdicts are unknown that the rest may not stand for them."""
     return numbers.get("judge/unknown_rate", 0.0) > MAX_UNKNOWN
@@ -150,55 +165,63 @@ def boxed(s: argparse.Namespace) -> bool:
     return s.reward == "match"
 
 
-def anchor_sampler(engine, settings: dict, seed: int, where):
-    """What asks pi_0: prompts -> one completion each. Asked again, it draws anew."""
-    calls = itertools.count()
-
-    def sample(prompts):
-        drawn = engine.sample(prompts, 1, policy=False, seed=seed_of(seed, where, "anchor", next(calls)), **settings)
-        return [group[0] for group in drawn]
-
-    return sample
-
-
 def check_context(s: argparse.Namespace, engine, questions: list) -> None:
-    """Refuse before the first step what would not fit in the middle of a run. Raises InputError."""
-    longest = max(len(engine.encode(q.messages)) for q in questions) + s.max_new_tokens
-    if s.aggregator == "synthesis":  # the anchor reads all G rollouts, at worst all of full length, and writes its own
-        frame = len(engine.encode(synthesis_messages([""] * s.group_size, boxed(s))))
-        longest = max(longest, frame + (s.group_size + 1) * s.max_new_tokens)
+    """Refuse before the first step what would not fit in the middle of a run. Raises InputError.
+
+    Rollouts are cut to fit the anchor's context (Anchor.shown); what cannot be cut is a question, the frame around
+    the rollouts, and what is to be written."""
+    frame = len(engine.encode(synthesis_messages([CUT] * s.group_size, boxed(s))))
+    longest = max(len(engine.encode(q.messages)) for q in questions) + frame + s.max_new_tokens
     if longest > engine.context:
         raise InputError(
-            f"--max-new-tokens {s.max_new_tokens} and --group-size {s.group_size} can need {longest} tokens at once; "
-            f"the context of {s.model} has {engine.context}: lower one of them"
+            f"a question, the frame around {s.group_size} rollouts and --max-new-tokens {s.max_new_tokens} can need "
+            f"{longest} tokens at once; the context of {s.model} has {engine.context}: lower one of them"
         )
+
+
+def validator(s: argparse.Namespace, engine, judge, questions: list):
+    """What scores the policy on the validation questions, higher is better; None if too few verdicts could be read.
+
+    For CaT-SFT that is minus the cross-entropy of their references, which reads no label; else the true score.
+    """
+    sampling = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}
+    judged = bool(questions) and questions[0].rubric is not None
+    targets = []
+    if s.method == "sft" and questions:
+        _, _, targets = explore_with_anchor(s, "validation", questions, engine, sampling)
+
+    def validate() -> float | None:
+        if s.method == "sft":
+            logprobs = engine.score([q for q, _ in targets], [o.ids for _, o in targets], policy=True)
+            return sum(map(sum, logprobs)) / sum(map(len, logprobs)) if logprobs else None
+        drawn = engine.sample([q.messages for q in questions], 1, seed=seed_of(s.seed, "after"), **sampling)
+        answers = [[o.text for o in group] for group in drawn]
+        scores = physician_scores(questions, answers, judge) if judged else correct(questions, answers)  # (questions, 1)
+        mean = float(scores.nanmean())
+        return mean if float(scores.isnan().float().mean()) <= MAX_UNKNOWN else None  # too few were scored
+
+    return validate
 
 
 def run(out: Path, settings: dict, resume: bool) -> None:
     """One whole run: load, train, compare, plot."""
     s, started = argparse.Namespace(**settings), time.perf_counter()
-    task = TASKS[s.task]
-    train_questions, test_questions = task.load(s.data and Path(s.data), boxed(s))
-    test_questions = test_questions[: s.eval_questions]
+    train_questions, test_questions = load_questions(s)
     kept = min(s.validation_questions, len(train_questions) // 10) if s.validate_every else 0
     if s.validate_every and not kept:
         raise InputError(
             f"{len(train_questions)} questions are too few to keep one in ten for validation: --validate-every 0"
         )
     train_questions, validation = train_questions[kept:], train_questions[:kept]
-    if any(q.answer is None and q.rubric is None for q in validation):
+    if s.method == "grpo" and any(q.answer is None and q.rubric is None for q in validation):
         raise InputError("--validate-every reads labels, and these questions have none: take --validate-every 0")
     if s.prompts_per_step > len(train_questions):
         raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
-    base, tokenizer = load_base(str(TINY_MODEL) if s.model == "tiny" else s.model)
+    base, tokenizer = load_base(s.model)
     policy = add_lora(base, s.lora_rank, s.seed, s.gradient_checkpointing)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
-    vllm = s.engine == "vllm"
-    engine = VLLMEngine(policy, tokenizer, s.engine_args, s.sleep) if vllm else TransformersEngine(policy, tokenizer)
+    engine, judge = load_engine(s, policy, tokenizer, out)
     check_context(s, engine, train_questions + validation + test_questions)
-    judge = anchor_judge(engine)
-    if s.judge == "server":
-        judge = server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
     state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "doubted_in_a_row": 0}
     state |= {"best_score": -math.inf, "since_best": 0}
     if resume:
@@ -212,25 +235,16 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     if any(q.id for q in test_questions):
         runs.write_json(out / "split.json", {name: [q.id for q in part] for name, part in split.items()})
     print(
-        f"task {s.task}: {task.protocol}\nrun {out}: {s.model} on {policy.device.type}, rollouts by {s.engine}, "
+        f"task {s.task}: trains on {len(train_questions)} questions without labels; the final table asks "
+        f"{len(test_questions)} {'of the same' if s.split == 'test-time' else 'others'}\n"
+        f"run {out}: {s.model} on {policy.device.type}, rollouts by {s.engine}, "
         f"references by {s.aggregator}\n{s.steps} steps of {s.prompts_per_step} questions x {s.group_size} rollouts, "
         f"learning rate {s.lr:g}",
         flush=True,
     )
 
-    sampling = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}
-    sample_policy = partial(engine.sample, policy=True, seed=seed_of(s.seed, "after"), **sampling)
-    judged = bool(test_questions) and test_questions[0].rubric is not None
-    score = partial(physician_scores, judge=judge) if judged else correct
-
-    def validate() -> float | None:
-        texts = [[o.text for o in group] for group in sample_policy([q.messages for q in validation], 1)]
-        scores = score(validation, texts)  # (validation questions, 1)
-        mean, _ = (healthbench_mean if judged else mean_and_error)(scores)
-        return mean if float(scores.isnan().float().mean()) <= MAX_UNKNOWN else None  # too few were scored
-
     try:
-        train(s, out, train_questions, engine, judge, policy, optimizer, state, validate)
+        train(s, out, train_questions, engine, judge, policy, optimizer, state, validator(s, engine, judge, validation))
     finally:  # also after Ctrl-C, perhaps in the middle of an update: the adapter is that of a completed step
         if runs.load_checkpoint(out, policy, optimizer, best=True):
             policy.save_pretrained(out / "adapter", save_embedding_layers=False)
@@ -238,20 +252,9 @@ def run(out: Path, settings: dict, resume: bool) -> None:
 
     print(f"comparing on {len(test_questions)} questions ...", flush=True)
     engine.sync()  # the best adapter may not be the last
-    rows = final_table(
-        test_questions,
-        partial(engine.sample, policy=False, seed=seed_of(s.seed, "before"), **sampling),
-        sample_policy,
-        lambda groups: AGGREGATORS[s.aggregator](groups, anchor_sampler(engine, sampling, s.seed, "final"), boxed(s)),
-        s.group_size,
-        score,
-    )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux; without the answer checker's 0.3 GiB
-    minutes = (time.perf_counter() - started) / 60
-    result = {"rows": rows, "questions": len(test_questions), "minutes": minutes, "peak_gib": peak}
-    runs.write_json(out / "results.json", result)
-    print(f"\n{format_table(rows, len(test_questions), judged)}\n")
-    print(f"{minutes:.1f} minutes, peak memory {peak:.2f} GiB; {out}/ holds the run")
+    names = list(dict.fromkeys(["majority", s.aggregator] if boxed(s) else [s.aggregator]))
+    results = compare(s, test_questions, engine, judge, names, [s.group_size], trained=True)
+    save_comparison(out, settings, results, started)
 
 
 def resume_command(out: Path) -> str:
@@ -259,10 +262,7 @@ def resume_command(out: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    given = parse_arguments(argv, __doc__.split("\n")[0])
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()  # without a network: our sentence, not its retries
+    given = vars(parser_of(__doc__.split("\n")[0]).parse_args(argv))
     out = given.get("out")
     try:
         out, settings, resume = settle(given)

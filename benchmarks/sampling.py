@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo import add_lora
 from rollout import TransformersEngine
-from tasks import TINY_MODEL, load_base
+from tasks import load_base
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout; default: 64")
     parser.add_argument("--turns", type=int, default=5, help="times that each is measured; default: 5")
     s = parser.parse_args()
-    base, tokenizer = load_base(str(TINY_MODEL) if s.model == "tiny" else s.model)
+    base, tokenizer = load_base(s.model)
     model = add_lora(base, 16, 0)
     engine = TransformersEngine(model, tokenizer)
     engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled: every rollout has the same length

@@ -32,11 +32,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from evaluate import correct, mean_and_error
+from evaluate import correct
 from grpo import add_lora
 from rewards import boxed_answer, equal
 from rollout import TransformersEngine
-from synthesize import majority, synthesis, synthesis_messages
+from runs import interval
+from synthesize import Anchor, majority, synthesis, synthesis_messages
 from tasks import TINY_MODEL, load_base, load_sums, sums_messages, sums_part
 
 PLACES = ("ones", "tens", "hundreds", "thousands")
@@ -211,9 +212,9 @@ def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
     groups = engine.sample(prompts, group_size, seed=1, **sampling)
 
     def write(shown):
-        return synthesis(shown, lambda asked: [g[0] for g in engine.sample(asked, 1, seed=2, **sampling)])
+        return synthesis(questions, shown, Anchor(engine, lambda call: 2, max_new_tokens=64))
 
-    references, votes = write(groups), majority(groups)
+    references, votes = write(groups), majority(questions, groups)
     greedy = engine.sample(prompts, 1, temperature=0, **sampling)
     single = correct(questions, [[o.text for o in group] for group in groups])  # (Q, G)
     voted, written = (correct(questions, [[s.text] for s in made]) for made in (votes, references))  # (Q, 1)
@@ -224,10 +225,10 @@ def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
         "synthesis from 1": correct(questions, [[s.text] for s in write([g[:1] for g in groups])]),
         f"synthesis from {group_size}": written,
     }.items():
-        mean, error = mean_and_error(values)
-        print(f"{name:28s} {mean:.3f} ± {error:.3f}")
-    gain, error = mean_and_error(written - voted)
-    print(f"synthesis minus majority     {gain:+.3f} ± {error:.3f}, question by question")
+        i = interval(values.mean(dim=1))
+        print(f"{name:28s} {i['mean']:.3f} ± {i['error']:.3f}")
+    gain = interval((written - voted)[:, 0])
+    print(f"synthesis minus majority     {gain['mean']:+.3f} ± {gain['error']:.3f}, question by question")
     differs = [not equal(boxed_answer(s.text), boxed_answer(v.text)) for s, v in zip(references, votes, strict=True)]
     right = written[:, 0].bool()
     print(f"synthesis differs from the majority on {sum(differs)} of {len(questions)}, "

@@ -2,16 +2,22 @@
 
 import json
 import math
+import sys
 import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import rubric_validity
 
 import evaluate
 import train
-from evaluate import healthbench_mean
 from rewards import Rewards, penalise_length
 from rollout import Rollout
 
@@ -104,7 +110,7 @@ def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(judge, data, 
     assert all(b"sk-very-secret" not in path.read_bytes() for path in out.rglob("*") if path.is_file())
     table = capsys.readouterr().out
     assert "| score |" in table
-    assert "score: mean ± bootstrap standard deviation" in table
+    assert "bootstrap over runs and questions" in table
     assert "no labels" not in table
 
     assert evaluate.main(["show", str(out), "1"]) == 0
@@ -117,7 +123,9 @@ def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(judge, data, 
 
 def test_the_best_adapter_is_kept_and_patience_ends_the_run(judge, data, tmp_path, capsys, monkeypatch):
     scores = iter([0.2, 0.6, 0.1, 0.3, 0.9])
-    monkeypatch.setattr(train, "healthbench_mean", lambda values: (next(scores), 0.0))
+    monkeypatch.setattr(
+        train, "physician_scores", lambda questions, *_: torch.full((len(questions), 1), next(scores)).double()
+    )
     out = tmp_path / "run"
     arguments = [*SMALL, "--data", str(data), "--judge-url", judge().url, "--reward", "physician", "--lr", "0.01"]
     assert train.main([*arguments, *"--steps 9 --validate-every 1 --patience 2".split(), "--out", str(out)]) == 0
@@ -234,12 +242,40 @@ def test_long_rollouts_lose_one_and_a_missing_reward_stays_missing():
     assert rewards.values[0, 2].isnan()
 
 
-def test_healthbenchs_mean_is_clipped_and_its_deviation_is_the_bootstraps():
-    generator = torch.Generator().manual_seed(1)
-    values = torch.rand(400, 1, generator=generator, dtype=torch.float64)
-    mean, deviation = healthbench_mean(values)
-    assert mean == pytest.approx(float(values.mean()))
-    assert deviation == pytest.approx(float(values.std()) / math.sqrt(400), rel=0.1)  # the bootstrap's limit
-    assert healthbench_mean(torch.tensor([[-1.0], [0.5], [-0.2]]))[0] == 0  # single scores may be negative, the mean is not
-    assert healthbench_mean(torch.tensor([[0.4], [math.nan]]))[0] == pytest.approx(0.4)
-    assert math.isnan(healthbench_mean(torch.tensor([[math.nan]]))[0])
+def test_the_correlations_are_scipys_and_within_questions_is_not_overall():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(size=(40, 1))  # a reward that only knows which questions are hard
+    truth, blind = hard + 0.3 * rng.normal(size=(40, 6)), hard + 0.3 * rng.normal(size=(40, 6))
+    found = rubric_validity.agreement(blind, truth, draws=200)
+    for name, coefficient in (("Pearson", scipy.stats.pearsonr), ("Spearman", scipy.stats.spearmanr)):
+        estimate, low, high, used = found["overall", name]
+        assert estimate == pytest.approx(coefficient(blind.ravel(), truth.ravel()).statistic)
+        assert 0.7 < low < estimate < high <= 1
+        estimate, low, high, used = found["within", name]
+        assert estimate == pytest.approx(np.mean([coefficient(a, b).statistic for a, b in zip(blind, truth, strict=True)]))
+        assert low < estimate < high < 0.5
+        assert used == 40
+    same = rubric_validity.agreement(truth, truth, draws=50)
+    assert all(estimate == pytest.approx(1) for estimate, *_ in same.values())
+    blind[0], truth[1, 2:] = 0.5, np.nan  # a constant question has no correlation, a missing score is no score
+    found = rubric_validity.agreement(blind, truth, draws=50)
+    assert found["within", "Kendall"][3] == 39
+    assert math.isnan(rubric_validity.agreement(np.ones((3, 4)), truth[:3, :4], draws=20)["overall", "Kendall"][0])
+
+
+def test_rubric_validity_scores_the_same_responses_in_every_way(judge, data, tmp_path, capsys):
+    out = tmp_path / "validity"
+    arguments = [*SMALL, "--data", str(data), "--judge-url", judge().url, "--out", str(out)]
+    arguments = [a for n, a in enumerate(arguments) if "--prompts-per-step" not in arguments[max(0, n - 1) : n + 1]]
+    assert rubric_validity.main(arguments) == 0
+    table = capsys.readouterr().out
+    assert "| rubric | overall |" in table
+    assert "| judge | within |" in table
+    rewards = json.loads((out / "validity.json").read_text())["rewards"]
+    assert set(rewards) == {"physician", "rubric", "rubric-question", "judge"}
+    for values, detail in zip(rewards["physician"]["values"], rewards["physician"]["details"], strict=True):
+        for value, verdicts in zip(values, detail["verdicts"], strict=True):
+            assert value == pytest.approx((5 * verdicts[0] + 10 * verdicts[1] - 4 * verdicts[2]) / 15)
+    assert [len(row) for row in rewards["judge"]["values"]] == [3, 3]
+    assert rubric_validity.main(["--model", "tiny", "--eval-questions", "2", "--out", str(tmp_path / "x")]) == 2
+    assert "--task healthbench" in capsys.readouterr().err

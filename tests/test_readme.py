@@ -30,7 +30,9 @@ def run_snippet(module, table):
 
 
 def test_the_aggregator():
-    assert run_snippet(synthesize, "AGGREGATORS")(GROUPS, None, True) == [synthesize.Reference("\\boxed{0.5}")]
+    assert run_snippet(synthesize, "AGGREGATORS")(None, GROUPS, None, True) == [
+        synthesize.Reference("\\boxed{0.5}", [1] * 5)
+    ]
 
 
 def test_the_reward():

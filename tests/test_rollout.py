@@ -1,6 +1,8 @@
 """The transformers engine against transformers' own generate, and against the probabilities it claims to sample from."""
 
 import math
+import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -167,3 +169,73 @@ def test_a_model_that_rescales_its_logits_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="after the output head"):
         load_base(str(tmp_path))
+
+
+CHOICES = ("1", "10", "yes", "yes please")
+
+
+def choice_probabilities(engine, messages, temperature):
+    """{choice: probability} under the model held to CHOICES, from plain forward passes: a product over tokens."""
+    prompt = engine.encode(messages)
+    spelled = [[*engine.tokenizer.encode(c), engine.tokenizer.eos_token_id] for c in CHOICES]
+    probabilities = {}
+    for choice, ids in zip(CHOICES, spelled, strict=True):
+        rows, p = logits_of(engine.model, prompt + ids)[len(prompt) - 1 : -1] / temperature, 1.0
+        for t, row in enumerate(rows):
+            allowed = sorted({other[t] for other in spelled if other[:t] == ids[:t]})
+            p *= float(torch.softmax(row[allowed], -1)[allowed.index(ids[t])])
+        probabilities[choice] = p
+    return probabilities
+
+
+def test_choices_come_as_often_as_the_model_that_is_held_to_them_says(engine):
+    n, temperature = 2000, 3.0  # at 1 "yes" would be too rare to count
+    group = engine.sample(PROMPTS[:1], n, temperature=temperature, max_new_tokens=10, seed=1, choices=CHOICES)[0]
+    probabilities = choice_probabilities(engine, PROMPTS[0], temperature)
+    assert sum(probabilities.values()) == pytest.approx(1)
+    assert min(probabilities.values()) * n > 10
+    for choice, p in probabilities.items():
+        ours = [o for o in group if o.text == choice]
+        assert abs(len(ours) - n * p) < 5 * math.sqrt(n * p * (1 - p))
+        assert {tuple(o.ids) for o in ours} == {(*engine.tokenizer.encode(choice), engine.tokenizer.eos_token_id)}
+        assert math.exp(sum(ours[0].logprobs)) == pytest.approx(p, rel=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0])
+def test_choices_are_the_only_texts_whatever_the_batching(policy, temperature):
+    spread = []
+    for batch_tokens in (1, 65_536):
+        engine = TransformersEngine(*policy, batch_tokens=batch_tokens)
+        groups = engine.sample(PROMPTS, 20, temperature=temperature, max_new_tokens=10, seed=1, choices=CHOICES)
+        flat = [o for group in groups for o in group]
+        assert len(flat) == 20 * len(PROMPTS)
+        assert {o.text for o in flat} <= set(CHOICES)
+        assert {o.finish_reason for o in flat} == {"stop"}
+        spread.append([[o.text for o in group] for group in groups])
+    if temperature == 0:
+        assert spread[0] == spread[1]
+        assert all(len(set(texts)) == 1 for texts in spread[0])
+    else:
+        assert len({text for texts in spread[0] for text in texts}) > 1
+
+
+def test_choices_do_not_stay_for_the_next_call(engine):
+    free = engine.sample(PROMPTS, 2, max_new_tokens=20, seed=1)
+    engine.sample(PROMPTS, 2, max_new_tokens=20, seed=1, choices=CHOICES)
+    assert engine.sample(PROMPTS, 2, max_new_tokens=20, seed=1, choices=()) == free
+    assert not {o.text for group in free for o in group} & set(CHOICES)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_scores_of_very_different_lengths_stay_in_order(policy, adapter):
+    """Through many micro-batches, against one plain forward pass each."""
+    engine, draw = TransformersEngine(*policy, batch_tokens=8 * 500), random.Random(0)
+    prompts = [[{"role": "user", "content": "1 + 2 " * draw.choice((1, 3, 40, 150))}] for _ in range(30)]
+    completions = [[draw.randrange(4, 400) for _ in range(draw.choice((1, 2, 9, 60)))] for _ in prompts]
+    scores = engine.score(prompts, completions, policy=adapter)
+    assert [len(row) for row in scores] == [len(ids) for ids in completions]
+    for messages, ids, row in zip(prompts, completions, scores, strict=True):
+        prompt = engine.encode(messages)
+        with nullcontext() if adapter else engine.model.disable_adapter():
+            expected = torch.log_softmax(logits_of(engine.model, prompt + ids)[len(prompt) - 1 : -1], -1)
+        assert row == pytest.approx(expected[range(len(ids)), ids].tolist(), abs=1e-4)

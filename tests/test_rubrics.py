@@ -20,7 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluate import healthbench_score
+from rewards import healthbench_score
 from rollout import Rollout
 from rubrics import (
     ATTEMPTS,

@@ -1,5 +1,6 @@
 """Questions: the sums' three separate worlds, and files of every kind of brokenness."""
 
+import argparse
 import json
 import re
 import zlib
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tasks
-from tasks import InputError, load_healthbench, load_jsonl, load_math500, load_sums, sums_part
+from tasks import InputError, load_healthbench, load_jsonl, load_math500, load_questions, load_sums, sums_part
 
 MATH500 = Path(__file__).resolve().parents[2] / "shared" / "data" / "math500.jsonl"
 
@@ -159,3 +160,26 @@ def test_the_real_healthbench_rows_load():
 def test_open_ended_questions_are_asked_as_they_stand(tmp_path):
     train, _ = load_jsonl(write(tmp_path / "q.jsonl", '{"prompt": "Write a poem."}'), boxed=False)
     assert train[0].messages == [{"role": "user", "content": "Write a poem."}]
+
+
+def test_the_split_decides_what_is_trained_on(tmp_path):
+    data = write(tmp_path / "q.jsonl", *(json.dumps({"prompt": f"q{n}", "answer": "1"}) for n in range(11)))
+    asked = lambda part: [q.messages[0]["content"] for q in part]  # noqa: E731
+
+    def load(task, split, data=None, eval_questions=500):
+        s = argparse.Namespace(task=task, split=split, data=data, reward="match", eval_questions=eval_questions)
+        train, test = load_questions(s)
+        return asked(train), asked(test)
+
+    train, test = load("jsonl", "test-time", str(data), 4)
+    assert (len(train), len(test)) == (11, 4)
+    assert set(test) < set(train)
+    train, test = load("jsonl", "held-out", str(data))
+    assert (len(train), len(test)) == (5, 6)
+    assert len(set(train) | set(test)) == 11
+    assert load("jsonl", "held-out", str(data)) == (train, test)  # the same halves every time
+    train, test = load("sums", "held-out")
+    assert (len(train), len(test), set(train) & set(test)) == (4096, 500, set())
+    train, test = load("sums", "test-time", eval_questions=100)
+    assert test == train[:100]
+    assert len(train) == 500

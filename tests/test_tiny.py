@@ -6,11 +6,11 @@ import re
 import pytest
 
 import make_tiny
-from evaluate import correct, mean_and_error
+from evaluate import correct
 from make_tiny import draw, worked_sum
 from rewards import boxed_answer
 from rollout import TransformersEngine
-from synthesize import majority, synthesis
+from synthesize import Anchor, majority, synthesis
 from tasks import TINY_MODEL, load_sums, sums_part
 
 
@@ -59,10 +59,10 @@ def test_it_learnt_imperfectly_and_synthesis_beats_the_majority_beats_one_answer
     questions = load_sums(None)[1]
     sampling = {"policy": False, "max_new_tokens": 64}
     groups = engine.sample([q.messages for q in questions], 8, seed=1, **sampling)
-    written = synthesis(groups, lambda asked: [g[0] for g in engine.sample(asked, 1, seed=2, **sampling)])
-    single, _ = mean_and_error(correct(questions, [[o.text for o in group] for group in groups]))
-    voted, _ = mean_and_error(correct(questions, [[s.text] for s in majority(groups)]))
-    synthesised, _ = mean_and_error(correct(questions, [[s.text] for s in written]))
+    written = synthesis(questions, groups, Anchor(engine, lambda call: 2, max_new_tokens=64))
+    single = correct(questions, [[o.text for o in group] for group in groups]).mean()
+    voted = correct(questions, [[s.text] for s in majority(questions, groups)]).mean()
+    synthesised = correct(questions, [[s.text] for s in written]).mean()
     assert 0.4 <= single <= 0.7
     assert single < voted < synthesised
 

@@ -3,15 +3,18 @@
 import argparse
 import importlib.util
 import json
+import math
 import os
 import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,11 @@ def metrics(out):
 
 def adapter(out):
     return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def results_of(out, kind):
+    (row,) = (r for r in json.loads((out / "results.json").read_text())["rows"] if r["kind"] == kind)
+    return row["values"]
 
 
 def same(a, b):
@@ -78,8 +86,8 @@ def test_a_run_leaves_everything_that_a_reader_needs(straight, capsys):
     assert (straight / "curves.png").stat().st_size > 10_000
     assert (straight / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = json.loads((straight / "results.json").read_text())["rows"]
-    assert [r["generations"] for r in rows] == [1, 4, 5, 1]
-    assert all(0 <= r["accuracy"] <= 1 for r in rows)
+    assert [r["generations"] for r in rows] == [1, 4, 5, 1, 5]
+    assert all(0 <= value <= 1 for r in rows for value in r["values"])
 
 
 def test_logged_rewards_can_be_computed_again_from_the_logged_texts(straight):
@@ -164,8 +172,9 @@ def test_it_teaches(tmp_path):
     """Thirty small steps raise the accuracy on sums that are new to every text and step."""
     arguments = "--steps 30 --prompts-per-step 12 --eval-questions 150 --seed 3".split()
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
-    before, _, _, after = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
-    assert after["accuracy"] > before["accuracy"] + 3 * (before["error"] + after["error"])
+    before, after = results_of(tmp_path / "run", "initial"), results_of(tmp_path / "run", "trained")
+    errors = [statistics.stdev(values) / math.sqrt(len(values)) for values in (before, after)]
+    assert statistics.mean(after) > statistics.mean(before) + 3 * sum(errors)
 
 
 def test_each_stage_of_the_algorithm_asks_whom_it_should(engine, policy):
@@ -183,10 +192,69 @@ def test_each_stage_of_the_algorithm_asks_whom_it_should(engine, policy):
         def sync(self):
             calls.append("sync")
 
+    Spy.encode, Spy.context = engine.encode, engine.context
     s = argparse.Namespace(**{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9})
     optimizer = torch.optim.AdamW([p for p in policy[0].parameters() if p.requires_grad], lr=1e-3)
     train.cat_step(s, 0, load_sums(None)[0][:3], Spy(), None, policy[0], optimizer)
     assert calls == [("pi_t", 3, 4, 0.9), ("pi_0", 3, 1, 0.9), "sleep", "sync"]
+
+
+def test_sft_asks_only_the_anchor_and_imitates_its_references(engine, policy, monkeypatch):
+    """CaT-SFT: rollouts and references come from pi_0, and the gradient is that of cross-entropy on whole references."""
+    model, who, seen = policy[0], [], {}
+    sample, update = engine.sample, train.update
+    monkeypatch.setattr(engine, "sample", lambda *a, policy=True, **k: who.append(policy) or sample(*a, policy=policy, **k))
+
+    def spy(model, optimizer, targets, *arguments, **options):
+        seen["targets"] = targets
+        numbers = update(model, optimizer, targets, *arguments, **options)
+        return numbers
+
+    monkeypatch.setattr(train, "update", spy)
+    # with plain SGD and a norm below the clip, the step of the weights IS the gradient
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in trainable.items()}
+    s = argparse.Namespace(**{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "max_new_tokens": 48, "method": "sft"})
+    questions = load_sums(None)[0][:6]
+    monkeypatch.setitem(train.sft_step.__globals__, "update", partial(spy, max_grad_norm=1e9))
+    _, references, _, numbers = train.sft_step(
+        s, 0, questions, engine, None, model, torch.optim.SGD(trainable.values(), lr=1.0)
+    )
+    assert who == [False, False]
+    finished = [r for r in references if r.finish_reason == "stop" and "boxed" in r.text]
+    assert [o.ids for o in seen["targets"]] == [r.ids for r in finished]
+    step = {name: before[name] - p.detach() for name, p in trainable.items()}
+
+    with torch.no_grad():
+        for name, p in trainable.items():
+            p.copy_(before[name])
+    loss, tokens = 0.0, sum(len(o.ids) for o in seen["targets"])
+    for o in seen["targets"]:
+        logits = model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[0, len(o.prompt_ids) - 1 : -1]
+        loss = loss + torch.nn.functional.cross_entropy(logits.double(), torch.tensor(o.ids), reduction="sum") / tokens
+    loss.backward()
+    assert numbers["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    for name, p in trainable.items():
+        torch.testing.assert_close(step[name], p.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_sft_validates_without_labels_stops_early_and_teaches(tmp_path, capsys):
+    unlabelled = tmp_path / "sums.jsonl"
+    unlabelled.write_text("\n".join(json.dumps({"prompt": f"What is {n} + 4321?"}) for n in range(1000, 1040)))
+    arguments = f"--task jsonl --data {unlabelled} --model tiny --method sft --lr 1 --validate-every 1 --patience 2".split()
+    out = tmp_path / "stops"
+    assert train.main([*SMALL, *arguments, "--steps", "9", "--out", str(out)]) == 0
+    scores = [row["validation/score"] for row in metrics(out)]
+    assert len(scores) < 9
+    assert max(scores[-2:]) <= max(scores[:-2])
+    assert all(score < 0 for score in scores)
+    assert "stopping early" in capsys.readouterr().out
+    out = tmp_path / "teaches"
+    arguments = "--method sft --steps 12 --lr 2e-3 --prompts-per-step 8 --max-new-tokens 64 --eval-questions 100".split()
+    assert train.main([*arguments, "--validate-every", "0", "--out", str(out)]) == 0
+    before, after = results_of(out, "initial"), results_of(out, "trained")
+    assert statistics.mean(after) > statistics.mean(before) + 0.1
+    assert metrics(out)[-1]["reward"] is None
 
 
 # ------------------------------------------------------------------------------------------------- what it survives
@@ -308,9 +376,9 @@ def test_an_existing_run_is_never_overwritten(straight, tmp_path, capsys):
         ("--task jsonl --model tiny --data nowhere.jsonl", "cannot read"),
         ("--model nobody/nothing", "cannot load the model"),
         ("--max-new-tokens 4000", "context"),
-        ("--group-size 64 --max-new-tokens 100", "context"),
+        ("--group-size 400 --max-new-tokens 100", "context"),
         ("--resume", "--out"),
-        ("--resume --out nowhere", "no run to resume"),
+        ("--resume --out nowhere", "holds no run"),
         ("--out /proc/nowhere/run", "cannot write"),
         ("--temperature 2.1", "at most 2"),
         ("--engine nothing", "invalid choice"),
