@@ -25,7 +25,7 @@ from grpo import add_lora
 from rewards import Rewards, boxed_answer, equal
 from rollout import EngineError, Rollout
 from rubrics import JudgeError, physician_scores
-from settings import EVALUATION, load_engine, parser_of, settle
+from settings import EVALUATION, check_context, load_engine, parser_of, settle
 from synthesize import AGGREGATORS, Anchor, Reference, answer_classes, majority, style, texts
 from tasks import InputError, Question, load_base, load_questions, saved_policy, seed_of
 
@@ -253,8 +253,9 @@ def evaluate(given: dict) -> None:
     _, questions = load_questions(s)
     base, tokenizer = load_base(s.model)
     policy = saved_policy(base, adapter) if adapter else add_lora(base, s.lora_rank, s.seed)
-    runs.create(out, settings)
     engine, judge = load_engine(s, policy, tokenizer, out)
+    check_context(s, engine, questions, names)
+    runs.create(out, settings)
     print(f"{len(questions)} questions, {s.group_size} rollouts each, in parts of {sizes}", flush=True)
     results = compare(s, questions, engine, judge, names, sizes, trained=adapter is not None)
     save_comparison(out, settings, results | {"adapter": adapter and str(adapter)}, started)

@@ -113,7 +113,7 @@ class TransformersEngine(Engine):
         encoded = self.encode_all(prompts, max_new_tokens)
         truncate = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k else [])
         truncate += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-        allowed = [[*self.tokenizer.encode(text, add_special_tokens=False), self.stop_ids[0]] for text in choices]
+        allowed = [self.tokenizer.encode(text, add_special_tokens=False) for text in choices]
         generator = torch.Generator(self.model.device).manual_seed(seed)
         results: list[list[Rollout]] = [[] for _ in prompts]
         self.model.eval()
@@ -152,9 +152,10 @@ class TransformersEngine(Engine):
         rows = torch.arange(len(prompts) * n, device=device)  # which completion each live row belongs to
         completions = [([], []) for _ in rows]
         for step in range(max_new_tokens):
-            for row, i in enumerate(rows.tolist() if allowed else []):  # only what continues one of the choices
+            for row, i in enumerate(rows.tolist() if allowed else []):  # only what continues or ends one of the choices
+                begun = [ids[step:] for ids in allowed if ids[:step] == completions[i][0]]
                 others = torch.ones_like(logits[row], dtype=torch.bool)  # (V,)
-                others[[ids[step] for ids in allowed if ids[:step] == completions[i][0]]] = False
+                others[[token for rest in begun for token in rest[:1] or self.stop_ids]] = False
                 logits[row] = logits[row].masked_fill(others, -torch.inf)
             logprobs = torch.log_softmax(truncate(None, logits.float() / (temperature or 1.0)), dim=-1)  # (rows, V)
             if logprobs.isnan().any():

@@ -15,7 +15,7 @@ import torch
 import runs
 from rollout import TransformersEngine, VLLMEngine
 from rubrics import REWARDS, anchor_judge, server_judge
-from synthesize import AGGREGATORS
+from synthesize import AGGREGATORS, CUT, best_messages, synthesis_messages
 from tasks import TASKS, InputError, one_line
 
 # What no task changes. A task's own defaults are in tasks.TASKS; what the command line says goes before both.
@@ -232,3 +232,20 @@ def load_engine(s: argparse.Namespace, policy, tokenizer, out: Path) -> tuple:
     if s.judge == "server":
         return engine, server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
     return engine, anchor_judge(engine)
+
+
+def check_context(s: argparse.Namespace, engine, questions: list, aggregators: list[str]) -> None:
+    """Refuse before the first step what would not fit in the middle of a run. Raises InputError.
+
+    Rollouts are cut to fit the anchor's context (Anchor.shown); what cannot be cut is a question, the frame around
+    the rollouts, and what is to be written.
+    """
+    cut, boxed = [CUT] * s.group_size, s.reward == "match"
+    seen = {q.conversation * ("synthesis-question" in aggregators) for q in questions}
+    frames = [synthesis_messages(cut, boxed, question) for question in seen] + [best_messages(cut, boxed)]
+    longest = max(len(engine.encode(messages)) for messages in [*frames, *(q.messages for q in questions)])
+    if longest + s.max_new_tokens >= engine.context:  # one token of room, because scoring with vLLM generates one
+        raise InputError(
+            f"a question, or the frame around {s.group_size} rollouts, has {longest} tokens; with --max-new-tokens "
+            f"{s.max_new_tokens} the context of {s.model}, {engine.context}, is too short: lower it or --group-size"
+        )

@@ -80,27 +80,29 @@ class Anchor:
     def shown(self, texts: Sequence[str], prompt: Callable, new_tokens: int | None = None) -> tuple[Messages, int]:
         """`prompt(texts)`, with room for `new_tokens` (default: max_new_tokens) in the context, and how many texts it cuts.
 
-        Texts that do not fit are cut in the middle, evenly: to the greatest length in tokens that all of them can have.
-        Shorter ones stay whole. The middle goes first because a solution states its problem at the start and its answer
-        at the end. train.check_context has made sure that the empty prompt fits.
+        Texts that do not fit are cut in the middle, evenly: to the greatest length in tokens that all of them can have,
+        marker included. Shorter ones stay whole. The middle goes first because a solution states its problem at the start
+        and its answer at the end. settings.check_context has made sure that markers alone fit.
         """
         room = self.engine.context - (self.sampling["max_new_tokens"] if new_tokens is None else new_tokens)
         if len(self.engine.encode(prompt(texts))) <= room:
             return prompt(texts), 0
         decode = partial(self.engine.tokenizer.decode, skip_special_tokens=True)
-        encoded = [self.engine.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        *encoded, marker = [self.engine.tokenizer.encode(text, add_special_tokens=False) for text in [*texts, CUT]]
 
-        def at_most(limit: int) -> list[str]:
+        def at_most(limit: int) -> list[str]:  # a text that is shorter than the marker would only grow
+            kept = limit - len(marker)
             return [
-                text if len(ids) <= limit else decode(ids[: (limit + 1) // 2]) + CUT + decode(ids[len(ids) - limit // 2 :])
+                text if len(ids) <= limit else decode(ids[: (kept + 1) // 2]) + CUT + decode(ids[len(ids) - kept // 2 :])
                 for text, ids in zip(texts, encoded, strict=True)
             ]
 
         def too_long(limit: int) -> bool:
             return len(self.engine.encode(prompt(at_most(limit)))) > room
 
-        limit = bisect.bisect_left(range(max(map(len, encoded))), True, key=too_long) - 1  # the last that is not
-        return prompt(at_most(max(limit, 0))), sum(len(ids) > limit for ids in encoded)
+        first = bisect.bisect_left(range(len(marker) + 1, max(map(len, encoded))), True, key=too_long)
+        limit = len(marker) + first  # the last that is not too long
+        return prompt(at_most(limit)), sum(len(ids) > limit for ids in encoded)
 
 
 # ------------------------------------------------------------------------------------------------- the prompts
@@ -120,6 +122,11 @@ def show(instruction: str, attempts: Sequence[str], boxed: bool, question: str =
 def synthesis_messages(attempts: Sequence[str], boxed: bool = True, question: str = "") -> Messages:
     """What asks the anchor for s. Without `question`, as in the paper, q is not in it."""
     return show(SYNTHESIS_PROMPT if boxed else FREEFORM_PROMPT, attempts, boxed, question)
+
+
+def best_messages(attempts: Sequence[str], boxed: bool = True) -> Messages:
+    """What asks the anchor for the number of the best attempt."""
+    return show(BEST_PROMPT, attempts, boxed, numbered=True)
 
 
 def texts(group: Sequence[Rollout]) -> list[str]:
@@ -176,12 +183,13 @@ def self_bon(questions, groups, anchor: Anchor, boxed: bool = True) -> list[Refe
 
     Greedy: the number is to be its best guess. An answer that is no number of a rollout leaves s empty.
     """
-    prompt = partial(show, BEST_PROMPT, boxed=boxed, numbered=True)
-    asked = [anchor.shown(texts(group), prompt) for group in groups]
-    numbers = [str(n + 1) for n in range(len(groups[0]))]
+    asked = [anchor.shown(texts(group), partial(best_messages, boxed=boxed), 8) for group in groups]
+    numbers = [str(n + 1) for n in range(max(map(len, groups)))]
     named = anchor.sample([messages for messages, _ in asked], temperature=0, max_new_tokens=8, choices=numbers)
     return [
-        chosen(group[int(w.text) - 1], len(w.ids), cut) if w.text in numbers else Reference("", tokens=len(w.ids), cut=cut)
+        chosen(group[int(w.text) - 1], len(w.ids), cut)
+        if w.text in numbers[: len(group)]
+        else Reference("", tokens=len(w.ids), cut=cut)
         for group, w, (_, cut) in zip(groups, named, asked, strict=True)
     ]
 

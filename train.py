@@ -29,8 +29,8 @@ from grpo import add_lora, advantages, sequence_kl, update
 from rewards import Rewards, boxed_answer, penalise_length
 from rollout import EngineError, Rollout
 from rubrics import MAX_UNKNOWN, REWARDS, JudgeError, physician_scores
-from settings import load_engine, parser_of, settle
-from synthesize import AGGREGATORS, CUT, Anchor, synthesis_messages
+from settings import check_context, load_engine, parser_of, settle
+from synthesize import AGGREGATORS, Anchor
 from tasks import InputError, batch_of, load_base, load_questions, seed_of
 
 # Mean nats a token between engine and trainer above which a step warns. Rounding alone is far below: about 1e-6 in
@@ -165,20 +165,6 @@ def boxed(s: argparse.Namespace) -> bool:
     return s.reward == "match"
 
 
-def check_context(s: argparse.Namespace, engine, questions: list) -> None:
-    """Refuse before the first step what would not fit in the middle of a run. Raises InputError.
-
-    Rollouts are cut to fit the anchor's context (Anchor.shown); what cannot be cut is a question, the frame around
-    the rollouts, and what is to be written."""
-    frame = len(engine.encode(synthesis_messages([CUT] * s.group_size, boxed(s))))
-    longest = max(len(engine.encode(q.messages)) for q in questions) + frame + s.max_new_tokens
-    if longest > engine.context:
-        raise InputError(
-            f"a question, the frame around {s.group_size} rollouts and --max-new-tokens {s.max_new_tokens} can need "
-            f"{longest} tokens at once; the context of {s.model} has {engine.context}: lower one of them"
-        )
-
-
 def validator(s: argparse.Namespace, engine, judge, questions: list):
     """What scores the policy on the validation questions, higher is better; None if too few verdicts could be read.
 
@@ -221,7 +207,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     policy = add_lora(base, s.lora_rank, s.seed, s.gradient_checkpointing)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
     engine, judge = load_engine(s, policy, tokenizer, out)
-    check_context(s, engine, train_questions + validation + test_questions)
+    check_context(s, engine, train_questions + validation + test_questions, [s.aggregator])
     state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "doubted_in_a_row": 0}
     state |= {"best_score": -math.inf, "since_best": 0}
     if resume:

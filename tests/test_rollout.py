@@ -239,3 +239,12 @@ def test_scores_of_very_different_lengths_stay_in_order(policy, adapter):
         with nullcontext() if adapter else engine.model.disable_adapter():
             expected = torch.log_softmax(logits_of(engine.model, prompt + ids)[len(prompt) - 1 : -1], -1)
         assert row == pytest.approx(expected[range(len(ids)), ids].tolist(), abs=1e-4)
+
+
+def test_a_choice_may_end_with_any_end_token(engine):
+    """Qwen 2.5 has two, and its chats end with the larger: were only the first one allowed, "1" would lose to "10"."""
+    one = engine.sample(PROMPTS[:1], 400, choices=("1", "10"), max_new_tokens=8, seed=1)[0]
+    engine.stop_ids = [2, 3]
+    two = engine.sample(PROMPTS[:1], 400, choices=("1", "10"), max_new_tokens=8, seed=1)[0]
+    assert engine.tokenizer.eos_token_id == 3
+    assert abs(sum(o.text == "1" for o in one) - sum(o.text == "1" for o in two)) < 25

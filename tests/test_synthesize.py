@@ -1,5 +1,6 @@
 """Reference estimation: known outcomes for the selectors, and what the anchor is and is not shown."""
 
+import argparse
 import inspect
 import random
 import re
@@ -11,8 +12,9 @@ import torch
 
 import synthesize
 from rollout import Rollout
+from settings import check_context
 from synthesize import AGGREGATORS, CUT, Anchor, Reference, answer_classes, majority, show, synthesis, synthesis_messages
-from tasks import load_sums
+from tasks import InputError, Question, load_sums
 
 SUMS = load_sums(None)[1]
 ATTEMPT = re.compile(r"<(?:attempt|response)(?: \d+)?>\n(.*?)\n</(?:attempt|response)>", re.DOTALL)
@@ -303,13 +305,16 @@ def test_texts_that_do_not_fit_are_cut_evenly_in_the_middle_and_no_more_than_nee
     texts, prompt, new = long_texts(boxed), partial(synthesis_messages, boxed=boxed), engine.context - 900
     encoded = [engine.tokenizer.encode(t, add_special_tokens=False) for t in texts]
 
+    marker = len(engine.tokenizer.encode(CUT, add_special_tokens=False))
+
     def limited(limit):
-        ends = [(ids[: limit - limit // 2], ids[len(ids) - limit // 2 :]) for ids in encoded]
+        kept = limit - marker
+        ends = [(ids[: kept - kept // 2], ids[len(ids) - kept // 2 :]) for ids in encoded]
         cut = [CUT.join(map(engine.tokenizer.decode, pair)) for pair in ends]
         return prompt([c if len(ids) > limit else t for c, ids, t in zip(cut, encoded, texts, strict=True)])
 
     longest = max(map(len, encoded))
-    greatest = max(limit for limit in range(longest) if len(engine.encode(limited(limit))) + new <= engine.context)
+    greatest = max(limit for limit in range(marker, longest) if len(engine.encode(limited(limit))) + new <= engine.context)
     messages, count = anchor_of(engine, max_new_tokens=new).shown(texts, prompt)
     assert messages == limited(greatest)
     assert count == messages[0]["content"].count(CUT) == sum(len(ids) > greatest for ids in encoded)
@@ -339,5 +344,40 @@ def test_rollouts_of_any_length_are_aggregated(engine, monkeypatch, name, size, 
     assert [s.cut for s in references] == [0 if name == "min-ppl" else others, 0]
     (prompts,) = sampled_from + scored
     lengths = [len(engine.encode([{"role": "user", "content": p}])) for p in prompts]
-    assert max(lengths) + 24 <= engine.context
+    assert max(lengths) + (8 if name == "self-bon" else 24) <= engine.context
     assert name == "min-ppl" or max(lengths) > engine.context - 300  # the room is used
+
+
+def test_many_short_texts_stay_whole_where_cutting_the_long_one_is_enough(engine):
+    """The marker is longer than what it would replace in a short text."""
+    short = "\n".join(["ones: 1+2=3"] * 4)
+    texts = ["ones: 1+2=3\n" * 400, *[short] * 30]
+    messages, count = anchor_of(engine).shown(texts, synthesis_messages, 973)
+    assert ATTEMPT.findall(messages[0]["content"])[1:] == [short] * 30
+    assert count == 1
+
+
+def test_self_bon_has_room_for_its_number(engine):
+    (s,) = synthesize.self_bon(SUMS[:1], [written(engine, ["ones: 1+2=3\n" * 150] * 2)], anchor_of(engine, max_new_tokens=2))
+    assert s.cut == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "reward"), [("self-bon", "1 + 1", "match"), ("synthesis-question", "<" * 300, "rubric")]
+)
+def test_the_largest_group_that_is_let_through_never_overflows(engine, name, prompt, reward):
+    questions = [Question([{"role": "user", "content": prompt}])]
+
+    def refused(size):
+        s = argparse.Namespace(group_size=size, max_new_tokens=64, reward=reward, model="tiny")
+        try:
+            check_context(s, engine, questions, [name])
+        except InputError:
+            return True
+        return False
+
+    size = next(size for size in range(2, 200) if refused(size + 1))
+    assert not refused(size)
+    groups = [written(engine, ["ones: 1+2=3\n" * 60] * size)]
+    (s,) = AGGREGATORS[name](questions, groups, anchor_of(engine, max_new_tokens=64), reward == "match")
+    assert s.cut == size
