@@ -177,38 +177,39 @@ def compare(s, questions: Sequence[Question], engine, judge, aggregators, sizes:
     return results
 
 
-def plot(out: Path, measured: Sequence[dict]) -> None:
-    """comparison.png: accuracy against generations an answer costs, and what synthesis adds to the majority."""
-    found = runs.methods(measured)
-    at_inference = [m for m in found.values() if m["kind"] == "inference"]
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    first = found["initial policy"]
-    for name in dict.fromkeys(m["aggregator"] for m in at_inference):
-        ms = [m for m in at_inference if m["aggregator"] == name]
-        ms = ms if ms[0]["size"] == 1 else [first, *ms]  # of one rollout, a selection is that rollout
-        points = [runs.interval(runs.scores(m)) for m in ms]
-        errors = [[p["mean"] - p["low"] for p in points], [p["high"] - p["mean"] for p in points]]
-        costs, means = [m["generations"] for m in ms], [p["mean"] for p in points]
-        left.errorbar(costs, means, errors, marker="o", ms=4, capsize=2, label=name)
+def plot(path: Path, measured: Sequence[dict]) -> None:
+    """A PNG: accuracy against the generations an answer costs, against G, and what synthesis adds to the majority."""
+    found = runs.methods([results for results in measured if results["digest"] == measured[0]["digest"]])
+    at_inference = {(m["aggregator"], m["size"]): m for m in found.values() if m["kind"] == "inference"}
+    axes = (figure := Figure(figsize=(15, 4.5), layout="constrained")).subplots(1, 3, width_ratios=(4, 3, 3))
+
+    def bar(axis, x, i, **style):
+        axis.errorbar(x, i["mean"], [[i["mean"] - i["low"]], [i["high"] - i["mean"]]], capsize=2, **style)
+
+    for colour, name in enumerate(dict.fromkeys(name for name, _ in at_inference)):
+        ms = [m for (n, _), m in at_inference.items() if n == name]
+        ms = ms if ms[0]["size"] == 1 else [{**found["initial policy"], "size": 1}, *ms]  # of one, a selection is that one
+        for axis, cost in ((axes[0], "generations"), (axes[1], "size")):
+            points = [runs.interval(runs.scores(m)) for m in ms]
+            axis.plot([m[cost] for m in ms], [i["mean"] for i in points], color=f"C{colour}", label=name)
+            for m, i in zip(ms, points, strict=True):
+                bar(axis, m[cost], i, fmt="o", ms=3, color=f"C{colour}")
     for name, m in found.items():
-        if m["kind"] in ("initial", "trained"):
-            p = runs.interval(runs.scores(m))
-            left.plot(m["generations"], p["mean"], "*" if m["kind"] == "trained" else "s", ms=13, label=name)
-            left.axhline(p["mean"], lw=0.7, ls=":", color="grey")
-    by_size = {(m["aggregator"], m["size"]): m for m in at_inference}
-    for (name, size), m in by_size.items():
-        if name == "synthesis" and (vote := by_size.get(("majority", size))):
-            d = runs.difference(m, vote)
-            right.errorbar(
-                size, d["mean"], [[d["mean"] - d["low"]], [d["high"] - d["mean"]]], marker="o", color="C0", capsize=3
-            )
-    right.axhline(0, color="grey", lw=0.7)
-    right.set(xlabel="G, rollouts", title="synthesis minus majority, paired, 95% intervals")
-    left.set(xlabel="generations per answer", title="accuracy, 95% intervals")
-    left.set_xscale("log", base=2)
-    left.legend(fontsize=8)
-    figure.savefig(out / "comparison.png", dpi=120)
+        if m["kind"] == "trained":
+            bar(axes[0], 1, i := runs.interval(runs.scores(m)), fmt="*", ms=14, label=name)
+            axes[0].axhline(i["mean"], lw=0.7, ls=":", color="grey")
+    for (name, size), m in at_inference.items():
+        if name == "synthesis" and (vote := at_inference.get(("majority", size))):
+            bar(axes[2], size, runs.difference(m, vote), fmt="o", color="C0")
+    axes[2].axhline(0, color="grey", lw=0.7)
+    titles = {"accuracy by cost": "generations per answer", "accuracy by G": "G", "synthesis minus majority, paired": "G"}
+    for axis, (title, x) in zip(axes, titles.items(), strict=True):
+        axis.set_title(f"{title}, 95% intervals")
+        ticks = sorted({1, *(m["generations" if axis is axes[0] else "size"] for m in at_inference.values())})
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel=x, xticks=ticks, xticklabels=ticks)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
 
 
 def explain(results: dict) -> str:
@@ -234,7 +235,7 @@ def save_comparison(out: Path, settings: dict, results: dict, started: float) ->
     text = f"{runs.table(measured := [results | {'settings': settings}])}\n\n{explain(results)}"
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     if any(score is not None for row in results["rows"] for score in row["values"]):  # there are labels
-        plot(out, measured)
+        plot(out / "comparison.png", measured)
     print(f"\n{text}\n\n{results['minutes']:.1f} minutes, peak memory {peak:.2f} GiB; {out}/ holds it all")
 
 
@@ -270,13 +271,16 @@ def main(argv: list[str] | None = None) -> int:
     command = commands.add_parser("table", help="what runs and evaluations have measured, in one table")
     command.add_argument("runs", type=Path, nargs="+", help="their folders")
     command.add_argument("--against", default="initial policy", help="the row that differences are taken to")
+    command.add_argument("--plot", type=Path, default=argparse.SUPPRESS, help="PNG to draw them in; default: none")
     command = commands.add_parser("show", help="a step of a run: questions, rollouts, references, rubrics, verdicts")
     command.add_argument("run", type=Path, help="the run's folder")
     command.add_argument("step", type=int, help="the step, from 0")
     given = vars(parser.parse_args(argv))
     try:
         if given.get("command") == "table":
-            print(runs.table([runs.saved_results(run) for run in given["runs"]], given["against"]))
+            print(runs.table(measured := [runs.saved_results(run) for run in given["runs"]], given["against"]))
+            if "plot" in given:
+                plot(given["plot"], measured)
         elif given.get("command") == "show":
             print(runs.show(given["run"], given["step"]))
         else:
