@@ -25,7 +25,7 @@ from grpo import add_lora
 from rewards import Rewards, boxed_answer, equal
 from rollout import EngineError, Rollout
 from rubrics import JudgeError, physician_scores
-from settings import EVALUATION, check_context, load_engine, parser_of, settle
+from settings import EVALUATION, check_aggregators, load_engine, parser_of, settle
 from synthesize import AGGREGATORS, Anchor, Reference, answer_classes, majority, style, texts
 from tasks import InputError, Question, load_base, load_questions, saved_policy, seed_of
 
@@ -184,25 +184,25 @@ def plot(path: Path, measured: Sequence[dict]) -> None:
     axes = (figure := Figure(figsize=(15, 4.5), layout="constrained")).subplots(1, 3, width_ratios=(4, 3, 3))
 
     def bar(axis, x, i, **style):
-        axis.errorbar(x, i["mean"], [[i["mean"] - i["low"]], [i["high"] - i["mean"]]], capsize=2, **style)
+        axis.errorbar(x, i["mean"], [[max(0, i["mean"] - i["low"])], [max(0, i["high"] - i["mean"])]], capsize=2, **style)
 
     for colour, name in enumerate(dict.fromkeys(name for name, _ in at_inference)):
         ms = [m for (n, _), m in at_inference.items() if n == name]
         ms = ms if ms[0]["size"] == 1 else [{**found["initial policy"], "size": 1}, *ms]  # of one, a selection is that one
         for axis, cost in ((axes[0], "generations"), (axes[1], "size")):
-            points = [runs.interval(runs.scores(m)) for m in ms]
+            points = [runs.interval(m["scores"], clip=True) for m in ms]
             axis.plot([m[cost] for m in ms], [i["mean"] for i in points], color=f"C{colour}", label=name)
             for m, i in zip(ms, points, strict=True):
                 bar(axis, m[cost], i, fmt="o", ms=3, color=f"C{colour}")
     for name, m in found.items():
         if m["kind"] == "trained":
-            bar(axes[0], 1, i := runs.interval(runs.scores(m)), fmt="*", ms=14, label=name)
+            bar(axes[0], 1, i := runs.interval(m["scores"], clip=True), fmt="*", ms=14, label=name)
             axes[0].axhline(i["mean"], lw=0.7, ls=":", color="grey")
     for (name, size), m in at_inference.items():
         if name == "synthesis" and (vote := at_inference.get(("majority", size))):
             bar(axes[2], size, runs.difference(m, vote), fmt="o", color="C0")
     axes[2].axhline(0, color="grey", lw=0.7)
-    titles = {"accuracy by cost": "generations per answer", "accuracy by G": "G", "synthesis minus majority, paired": "G"}
+    titles = {"mean by cost": "generations per answer", "mean by G": "G", "synthesis minus majority, paired": "G"}
     for axis, (title, x) in zip(axes, titles.items(), strict=True):
         axis.set_title(f"{title}, 95% intervals")
         ticks = sorted({1, *(m["generations" if axis is axes[0] else "size"] for m in at_inference.values())})
@@ -255,7 +255,7 @@ def evaluate(given: dict) -> None:
     base, tokenizer = load_base(s.model)
     policy = saved_policy(base, adapter) if adapter else add_lora(base, s.lora_rank, s.seed)
     engine, judge = load_engine(s, policy, tokenizer, out)
-    check_context(s, engine, questions, names)
+    check_aggregators(s, engine, questions, names)
     runs.create(out, settings)
     print(f"{len(questions)} questions, {s.group_size} rollouts each, in parts of {sizes}", flush=True)
     results = compare(s, questions, engine, judge, names, sizes, trained=adapter is not None)
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="{table,show}")
     command = commands.add_parser("table", help="what runs and evaluations have measured, in one table")
     command.add_argument("runs", type=Path, nargs="+", help="their folders")
-    command.add_argument("--against", default="initial policy", help="the row that differences are taken to")
+    command.add_argument("--against", help="the row that differences are taken to; default: the first")
     command.add_argument("--plot", type=Path, default=argparse.SUPPRESS, help="PNG to draw them in; default: none")
     command = commands.add_parser("show", help="a step of a run: questions, rollouts, references, rubrics, verdicts")
     command.add_argument("run", type=Path, help="the run's folder")
@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     try:
         if given.get("command") == "table":
-            print(runs.table(measured := [runs.saved_results(run) for run in given["runs"]], given["against"]))
+            print(runs.table(measured := [runs.saved_results(run) for run in given["runs"]], given.get("against")))
             if "plot" in given:
                 plot(given["plot"], measured)
         elif given.get("command") == "show":

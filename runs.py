@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 
 from tasks import InputError
 
@@ -31,6 +32,7 @@ from tasks import InputError
 MAY_CHANGE = "steps eval_questions engine engine_args sleep micro_batch_tokens gradient_checkpointing".split()
 MAY_CHANGE += ["judge_url", "judge_concurrency"]
 
+INFERENCE = "model eval_sampling max_new_tokens group_size judge judge_model".split()  # what reaches answers of pi_0
 PAPER_NAMES = {("grpo", "synthesis"): "CaT", ("sft", "synthesis"): "CaT-SFT", ("grpo", "majority"): "TTRL"}
 
 
@@ -60,19 +62,16 @@ def log_step(out: Path, step: int, numbers: dict, batch, groups, references, rew
     append(out / "metrics.jsonl", [{"step": step, **numbers}])
 
 
-def provenance() -> dict:
-    """What made this run: the git commit of the code (None outside a checkout) and the versions of what it stands on."""
+def write_config(out: Path, settings: dict) -> None:
+    """The settings, the git commit of the code (None outside a checkout) and the versions of what it stands on."""
     here = Path(__file__).resolve().parent
     try:
         git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip() or None
     except OSError:  # git is not installed
         commit = None
-    return {"commit": commit, "versions": {name: version(name) for name in ("torch", "transformers", "peft", "math-verify")}}
-
-
-def write_config(out: Path, settings: dict) -> None:
-    write_json(out / "config.json", {"settings": settings, **provenance()})
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "math-verify")}
+    write_json(out / "config.json", {"settings": settings, "commit": commit, "versions": versions})
 
 
 def create(out: Path, settings: dict) -> None:
@@ -90,7 +89,7 @@ def saved_settings(out: Path) -> dict:
     """The settings of a run that exists. Raises InputError."""
     try:
         return json.loads((out / "config.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{out} holds no run (no config.json): give the folder of one") from None
 
 
@@ -126,9 +125,7 @@ def load_checkpoint(out: Path, model, optimizer, best: bool = False) -> dict | N
 
 def drop_lines_after(out: Path, steps: int) -> None:
     """Cut the logs back to `steps` completed steps: what was logged of a step that is not in the checkpoint is done again.
-
-    The logs only grow, so it is enough to cut them off at the first such line, or at one that a crash left incomplete.
-    """
+    They only grow, so it is enough to cut them off at the first such line, or at one that a crash left incomplete."""
     for log in (out / "metrics.jsonl", out / "rollouts.jsonl"):
         if log.exists():
             end = 0
@@ -169,25 +166,27 @@ def markdown(table: Sequence[Sequence[str]]) -> list[str]:
 def interval(values: np.ndarray, draws: int = 10_000, clip: bool = False) -> dict[str, float]:
     """Mean of `values` (runs, questions), its standard error and 95% interval, and the p-value of a mean of 0, two-sided.
 
-    A bootstrap in both directions: runs are drawn with replacement, and questions are, the same ones for all runs, as all
-    answer the same. A few runs vary too little among themselves, by (R - 1) / R, so their deviations are scaled up.
-    For the difference of two methods, give the differences, question by question: that makes it a paired test.
-    NaN is no value; `clip`: as HealthBench wants it, the mean is clipped to [0, 1], not the values.
+    A hierarchical bootstrap: questions are drawn with replacement, the same ones for all runs, and so are runs. A few
+    runs vary too little among themselves, by (R - 1) / R, and their spread is uncertain: deviations are scaled up, at the
+    end to t's quantile with Satterthwaite's degrees of freedom. Given the differences of two methods, question by question,
+    it is a paired test. NaN is no value. `clip`: the mean is clipped to [0, 1], as HealthBench wants it, not the values.
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     values = values[:, ~np.isnan(values).any(axis=0)]
-    r, q = values.shape
-    if q == 0:
-        return dict.fromkeys(("mean", "error", "low", "high", "p"), math.nan)
-    rng = np.random.default_rng(0)
-    runs = rng.multinomial(r, [1 / r] * r, size=draws) / r  # (draws, R), weights that sum to 1
-    runs = 1 / r + (runs - 1 / r) * math.sqrt(r / max(r - 1, 1))
-    questions = rng.multinomial(q, [1 / q] * q, size=draws) / q  # (draws, Q)
-    means = ((runs @ values) * questions).sum(axis=1)  # (draws,)
+    if values.size < 2:
+        return dict.fromkeys(("error", "low", "high", "p"), math.nan) | {"mean": values.mean() if values.size else math.nan}
+    rng, mean, variances = np.random.default_rng(0), values.mean(), {}
+    means = np.full(draws, mean)
+    for averages in (values.mean(axis=0), values.mean(axis=1)):  # of questions, of runs
+        if (n := len(averages)) > 1:
+            weights = rng.multinomial(n, [1 / n] * n, size=draws) / n - 1 / n  # (draws, n)
+            means += math.sqrt(n / (n - 1)) * weights @ averages
+            variances[n - 1] = variances.get(n - 1, 0) + averages.var(ddof=1) / n
+    error, total = float(means.std()), sum(variances.values())
+    freedom = total**2 / sum(v**2 / df for df, v in variances.items()) if total else 1
+    means = mean + (means - mean) * stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
     tail = min((means <= 1e-12).mean(), (means >= -1e-12).mean())  # of the draws, on the far side of 0
-    estimates = np.array([values.mean(), *np.quantile(means, [0.025, 0.975])])
-    mean, low, high = estimates.clip(0, 1) if clip else estimates
-    error = float(means.std()) if r * q > 1 else math.nan
+    mean, low, high = np.clip([mean, *np.quantile(means, [0.025, 0.975])], *((0, 1) if clip else (None, None)))
     return {"mean": mean, "error": error, "low": low, "high": high, "p": min(1.0, 2 * tail + 1 / draws)}
 
 
@@ -195,9 +194,11 @@ def saved_results(out: Path) -> dict:
     """What an evaluation or a finished run has measured, with its settings. Raises InputError."""
     try:
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        return results | {"settings": saved_settings(out)}
-    except (OSError, json.JSONDecodeError):
-        raise InputError(f"{out} holds no results.json: give folders of finished runs or of evaluations") from None
+        return {"digest": results["digest"], **results, "settings": saved_settings(out)}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{out} holds no results.json of this version: give folders of finished runs or of evaluations"
+        ) from None
 
 
 def methods(measured: Sequence[dict]) -> dict[str, dict]:
@@ -215,20 +216,17 @@ def methods(measured: Sequence[dict]) -> dict[str, dict]:
                 "on trained": f"{row.get('aggregator')} of {row.get('size')} on trained: {trained}",
             }[row["kind"]]
             # Two runs are two seeds of one method only if nothing else differs that reaches this row.
-            reaches = s if "trained" in row["kind"] else {k: s[k] for k in ("model", "eval_sampling", "max_new_tokens")}
+            reaches = s if "trained" in row["kind"] else {k: s[k] for k in INFERENCE} | {"boxed": s["reward"] == "match"}
             same = {k: v for k, v in reaches.items() if k == "steps" or k not in ("seed", *MAY_CHANGE)}
             entry = found.setdefault((name, json.dumps(same, sort_keys=True)), {**row, "runs": {}, "name": name})
             entry["runs"].setdefault(s["seed"], np.array(row["values"], dtype=np.float64))
     by_name: dict[str, dict] = {}
     for (name, same), entry in found.items():
         rivals = [json.loads(other) for n, other in found if n == name]
-        differing = {k: v for k, v in json.loads(same).items() if any(r[k] != v for r in rivals)}
-        by_name[name + "".join(f", {k} {v}" for k, v in differing.items())] = entry
+        differing = {k: v for k, v in json.loads(same).items() if any(r.get(k) != v for r in rivals)}
+        scores = np.stack(list(entry["runs"].values()))  # (runs, questions)
+        by_name[name + "".join(f", {k} {v}" for k, v in differing.items())] = entry | {"scores": scores}
     return by_name
-
-
-def scores(m: dict) -> np.ndarray:  # (runs, questions)
-    return np.stack(list(m["runs"].values()))
 
 
 def difference(a: dict, b: dict) -> dict[str, float] | None:
@@ -237,20 +235,21 @@ def difference(a: dict, b: dict) -> dict[str, float] | None:
     return interval(np.stack([a["runs"][seed] - b["runs"][seed] for seed in seeds])) if seeds else None
 
 
-def table(measured: Sequence[dict], against: str = "initial policy") -> str:
-    """Results as Markdown, a table for each set of questions. Raises InputError if there is no method `against`."""
+def table(measured: Sequence[dict], against: str | None = None) -> str:
+    """Results as Markdown, a table for each set of questions; `against`: default the first method. Raises InputError."""
     lines = []
     for digest in dict.fromkeys(results["digest"] for results in measured):
         group = [results for results in measured if results["digest"] == digest]
         found, judged, total = methods(group), group[0]["judged"], group[0]["questions"]
-        if against not in found:
-            raise InputError(f"there is no method {against!r} to compare with, there are: {', '.join(found)}")
+        rival = against or next(iter(found))
+        if rival not in found:
+            raise InputError(f"there is no method {rival!r} to compare with, there are: {', '.join(found)}")
         cells = [[f"{group[0]['settings']['task']}, {total} questions", "runs", "score" if judged else "accuracy"]]
-        cells[0] += ["95% interval", "right", f"minus {against}", "p", "generations", "tokens"]
+        cells[0] += ["95% interval", "right", f"minus {rival}", "p", "generations", "tokens"]
         for name, m in found.items():
-            values = scores(m)
-            i, scored = interval(values, clip=judged), int((~np.isnan(values).any(axis=0)).sum())
-            d = difference(m, found[against]) if m is not found[against] else None
+            values = m["scores"]
+            i, scored = interval(values, clip=True), int((~np.isnan(values).any(axis=0)).sum())
+            d = difference(m, found[rival]) if name != rival else None
             answers = m["answers"] * scored * len(values)
             few = f" (of {scored} questions)" if 0 < scored < total else ""  # the judge left the others open
             row = [name, f"{len(values)}", "no labels" if not scored else f"{i['mean']:.3f} ± {i['error']:.3f}{few}"]

@@ -33,7 +33,7 @@ METHODS = {"grpo": {}, "sft": {"validate_every": 5}}
 
 # What `evaluate.py` takes of all flags: what is asked, who answers, who judges.
 EVALUATION = {
-    "task", "data", "split", "model", "seed", "group-size", "max-new-tokens", "temperature", "reward", "judge", "judge-url",
+    "task", "data", "split", "model", "seed", "group-size", "max-new-tokens", "reward", "judge", "judge-url",
     "judge-model", "judge-concurrency", "engine", "engine-args", "eval-sampling", "eval-questions", "out",
 }  # fmt: skip
 
@@ -182,8 +182,6 @@ def check(settings: dict) -> None:
         raise InputError("--engine-args and --sleep are for vLLM, and the engine is transformers: leave them out")
     if settings["judge"] == "server" and not settings["judge_model"]:
         raise InputError("--judge server wants --judge-model, the name of the judge at --judge-url")
-    if settings["aggregator"] == "majority" and settings["reward"] != "match":
-        raise InputError("--aggregator majority counts boxed answers, which only --reward match asks for: take another")
     if settings["task"] == "healthbench" and settings["reward"] == "match":
         raise InputError("--reward match compares boxed answers, and HealthBench has none: take another")
     if settings["task"] != "healthbench" and settings["reward"] == "physician":
@@ -234,13 +232,15 @@ def load_engine(s: argparse.Namespace, policy, tokenizer, out: Path) -> tuple:
     return engine, anchor_judge(engine)
 
 
-def check_context(s: argparse.Namespace, engine, questions: list, aggregators: list[str]) -> None:
-    """Refuse before the first step what would not fit in the middle of a run. Raises InputError.
+def check_aggregators(s: argparse.Namespace, engine, questions: list, aggregators: list[str]) -> None:
+    """Refuse before the first step what would fail, or not fit the context, in the middle of a run. Raises InputError.
 
     Rollouts are cut to fit the anchor's context (Anchor.shown); what cannot be cut is a question, the frame around
     the rollouts, and what is to be written.
     """
     cut, boxed = [CUT] * s.group_size, s.reward == "match"
+    if "majority" in aggregators and not boxed:
+        raise InputError("the aggregator majority counts boxed answers, which only --reward match asks for: take another")
     seen = {q.conversation * ("synthesis-question" in aggregators) for q in questions}
     frames = [synthesis_messages(cut, boxed, question) for question in seen] + [best_messages(cut, boxed)]
     longest = max(len(engine.encode(messages)) for messages in [*frames, *(q.messages for q in questions)])

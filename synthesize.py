@@ -82,7 +82,7 @@ class Anchor:
 
         Texts that do not fit are cut in the middle, evenly: to the greatest length in tokens that all of them can have,
         marker included. Shorter ones stay whole. The middle goes first because a solution states its problem at the start
-        and its answer at the end. settings.check_context has made sure that markers alone fit.
+        and its answer at the end. settings.check_aggregators has made sure that markers alone fit.
         """
         room = self.engine.context - (self.sampling["max_new_tokens"] if new_tokens is None else new_tokens)
         if len(self.engine.encode(prompt(texts))) <= room:

@@ -29,7 +29,7 @@ from grpo import add_lora, advantages, sequence_kl, update
 from rewards import Rewards, boxed_answer, penalise_length
 from rollout import EngineError, Rollout
 from rubrics import MAX_UNKNOWN, REWARDS, JudgeError, physician_scores
-from settings import check_context, load_engine, parser_of, settle
+from settings import check_aggregators, load_engine, parser_of, settle
 from synthesize import AGGREGATORS, Anchor
 from tasks import InputError, batch_of, load_base, load_questions, seed_of
 
@@ -207,7 +207,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     policy = add_lora(base, s.lora_rank, s.seed, s.gradient_checkpointing)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
     engine, judge = load_engine(s, policy, tokenizer, out)
-    check_context(s, engine, train_questions + validation + test_questions, [s.aggregator])
+    check_aggregators(s, engine, train_questions + validation + test_questions, [s.aggregator])
     state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "doubted_in_a_row": 0}
     state |= {"best_score": -math.inf, "since_best": 0}
     if resume:

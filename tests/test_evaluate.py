@@ -68,11 +68,13 @@ def test_a_few_runs_vary_as_much_as_their_unbiased_deviation_says(run_means):
 
 def test_one_run_is_a_plain_bootstrap_over_questions():
     rng, values = random.Random(3), np.random.default_rng(3).gamma(0.5, 0.2, 40) - 0.08  # skewed, and not far from 0
-    means = sorted(statistics.fmean(rng.choices(values.tolist(), k=40)) for _ in range(20_000))
+    unbiased, student = math.sqrt(40 / 39), 2.0227 / 1.9600  # t's and the normal's 97.5% quantile, 39 degrees of freedom
+    drawn_means = (statistics.fmean(rng.choices(values.tolist(), k=40)) for _ in range(20_000))
+    means = sorted(values.mean() + (m - values.mean()) * unbiased * student for m in drawn_means)
     found = runs.interval(values)
     assert found["low"] == pytest.approx(means[500], abs=0.002)
     assert found["high"] == pytest.approx(means[19_500], abs=0.002)
-    assert found["error"] == pytest.approx(statistics.stdev(means), rel=0.03)
+    assert found["error"] == pytest.approx(statistics.stdev(means) / student, rel=0.03)
     assert found["p"] == pytest.approx(2 * sum(m <= 0 for m in means) / 20_000, abs=0.015)
     assert 0.01 < found["p"] < 0.5
     assert (found["high"] - found["mean"]) / (found["mean"] - found["low"]) > 1.1  # as skewed as the values
@@ -88,7 +90,7 @@ def test_nominal_95_percent_intervals_of_one_run_cover_the_truth_as_often():
 def test_intervals_of_a_few_runs_cover_the_truth_about_as_often(n_runs, run_sd):
     rng = np.random.default_rng(5)
     found = [runs.interval(drawn(rng, n_runs, run_sd=run_sd)[0], draws=600) for _ in range(600)]
-    assert 0.92 <= sum(f["low"] <= 0.5 <= f["high"] for f in found) / 600 <= 0.985
+    assert 0.93 <= sum(f["low"] <= 0.5 <= f["high"] for f in found) / 600 <= 0.97
 
 
 @pytest.mark.parametrize(("effect", "low", "high"), [(0, 0.03, 0.07), (0.12, 0.95, 1)])
@@ -120,7 +122,8 @@ def test_questions_without_a_score_in_any_run_are_left_out():
     assert runs.interval(holes) == runs.interval(values)
     assert all(math.isnan(x) for x in runs.interval(np.full((2, 3), math.nan)).values())
     one = runs.interval([0.25])
-    assert (one["mean"], one["low"], one["high"]) == (0.25, 0.25, 0.25)
+    assert one["mean"] == 0.25
+    assert math.isnan(one["low"])  # of a single question nothing is known about the spread
     assert math.isnan(one["error"])  # one question says nothing about its spread
 
 
@@ -356,7 +359,7 @@ def test_seeds_of_a_method_are_put_together_and_the_same_one_counts_once():
     one, two = measured(0, more=[trained(1, 1, 0.5, 1)]), measured(1, initial=(0, 0, 0, 1), more=[trained(1, 0, 0, 1)])
     found = runs.methods([one, two, one])
     assert {name: m["runs"].keys() for name, m in found.items()} == {"initial policy": {0, 1}, "trained: CaT": {0, 1}}
-    assert runs.scores(found["initial policy"]).tolist() == [[0.5, 0, 1, 0.5], [0, 0, 0, 1]]
+    assert found["initial policy"]["scores"].tolist() == [[0.5, 0, 1, 0.5], [0, 0, 0, 1]]
     (rows,) = tables(runs.table([one, two, one]))
     first, then = rows["initial policy"], rows["trained: CaT"]
     assert (first["runs"], first["right"], first["accuracy"][:5]) == ("2", "6 of 16", "0.375")
@@ -377,6 +380,22 @@ def test_runs_that_differ_in_a_setting_are_kept_apart_and_named_by_it():
     names = [dict(aggregator="majority"), dict(method="sft"), dict(method="sft", aggregator="single"), dict(reward="judge")]
     names = [list(runs.methods([measured(0, more=[trained(1, 1, 1, 1)], **n)]))[1] for n in names]
     assert names == ["trained: TTRL", "trained: CaT-SFT", "trained: sft on single", "trained: CaT, reward judge"]
+
+
+def test_answers_of_the_initial_policy_are_kept_apart_by_judge_prompt_and_group_size():
+    for other in (dict(judge="server", judge_model="strict"), dict(reward="judge"), dict(group_size=16)):
+        found = runs.methods([measured(0), measured(0, **other)])
+        assert len(found) == 2, other
+        assert all(name.startswith("initial policy, ") for name in found)
+    assert list(runs.methods([measured(0, reward="rubric"), measured(1, reward="physician")])) == ["initial policy"]
+    two = [measured(0), measured(0, judge="server")]
+    assert "minus initial policy, judge anchor" in runs.table(two)  # the first row, whatever it is called
+
+
+def test_scores_that_are_all_the_same_can_be_drawn(tmp_path):
+    more = [synthesised(0.6, 0.6, 0.6, 0.6), {**synthesised(0.2, 0.2, 0.2, 0.2), "aggregator": "majority", "generations": 4}]
+    evaluate.plot(tmp_path / "plot.png", [measured(initial=[0.1] * 4, more=more)])
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_a_difference_is_paired_over_the_seeds_that_both_have():
@@ -497,11 +516,16 @@ def test_show_prints_a_step(run, capsys):
         ("--adapter {run} --out {run}", "exists and is not empty"),
         ("--out {run}", "exists and is not empty"),
         ("--task jsonl --model tiny --out {tmp}/new", "--data"),
+        ("--group-size 4 --sizes 8 --out {tmp}/new", "--sizes"),
+        ("--reward judge --aggregators majority --out {tmp}/new", "counts boxed answers"),
+        ("table {tmp}/old", "of this version"),
     ],
 )
 def test_bad_input_gets_one_sentence_and_status_2_and_nothing_is_written(arguments, sentence, run, tmp_path, capsys):
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "config.json").write_bytes((run / "config.json").read_bytes())  # of a run that has no adapter yet
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "results.json").write_text('{"rows": []}')
     before = files(run), files(tmp_path)
     assert evaluate.main(arguments.format(run=run, tmp=tmp_path).split()) == 2
     (error,) = capsys.readouterr().err.strip().splitlines()

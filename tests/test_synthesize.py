@@ -12,7 +12,7 @@ import torch
 
 import synthesize
 from rollout import Rollout
-from settings import check_context
+from settings import check_aggregators
 from synthesize import AGGREGATORS, CUT, Anchor, Reference, answer_classes, majority, show, synthesis, synthesis_messages
 from tasks import InputError, Question, load_sums
 
@@ -371,7 +371,7 @@ def test_the_largest_group_that_is_let_through_never_overflows(engine, name, pro
     def refused(size):
         s = argparse.Namespace(group_size=size, max_new_tokens=64, reward=reward, model="tiny")
         try:
-            check_context(s, engine, questions, [name])
+            check_aggregators(s, engine, questions, [name])
         except InputError:
             return True
         return False
