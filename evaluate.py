@@ -106,7 +106,7 @@ def pass_at_k(right: torch.Tensor, k: int) -> torch.Tensor:
     """The chance that one of k samples is right, (Q,), from n >= k of them, `right` (Q, n): 1 - C(n-c, k) / C(n, k), which
     has no bias (Chen et al. 2021, arXiv 2107.03374)."""
     n = right.shape[1]
-    return torch.tensor([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(dim=1)])
+    return torch.tensor([1 - math.comb(n - int(c), k) / math.comb(n, k) for c in right.sum(dim=1)], dtype=torch.float64)
 
 
 # ------------------------------------------------------------------------------------------------- comparison

@@ -86,11 +86,17 @@ def test_nominal_95_percent_intervals_of_one_run_cover_the_truth_as_often():
     assert 0.93 <= sum(f["low"] <= 0.5 <= f["high"] for f in found) / 1000 <= 0.97
 
 
-@pytest.mark.parametrize(("n_runs", "run_sd"), [(3, 0.02), (5, 0.02)])
+@pytest.mark.parametrize(("n_runs", "run_sd"), [(3, 0.02), (5, 0.02), (3, 0.03)])
 def test_intervals_of_a_few_runs_cover_the_truth_about_as_often(n_runs, run_sd):
     rng = np.random.default_rng(5)
     found = [runs.interval(drawn(rng, n_runs, run_sd=run_sd)[0], draws=600) for _ in range(600)]
     assert 0.93 <= sum(f["low"] <= 0.5 <= f["high"] for f in found) / 600 <= 0.97
+
+
+def test_intervals_of_three_runs_that_differ_more_than_questions_do_cover_it_less_often():
+    rng = np.random.default_rng(5)
+    found = [runs.interval(drawn(rng, 3, run_sd=0.1)[0], draws=600) for _ in range(600)]
+    assert 0.88 <= sum(f["low"] <= 0.5 <= f["high"] for f in found) / 600 <= 0.95  # the README says so
 
 
 @pytest.mark.parametrize(("effect", "low", "high"), [(0, 0.03, 0.07), (0.12, 0.95, 1)])
