@@ -122,7 +122,6 @@ def compare(s, questions: Sequence[Question], engine, judge, aggregators, sizes:
     prompts, g, judged = [q.messages for q in questions], s.group_size, questions[0].rubric is not None
     sampling, boxed = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}, s.reward == "match"
     score = partial(physician_scores, judge=judge) if judged else correct  # (questions, texts) -> (Q, n)
-    anchor = Anchor(engine, partial(seed_of, s.seed, "final", "anchor"), **sampling)
     rows = []
 
     def add(kind, answers, generations, tokens, **more):
@@ -136,14 +135,16 @@ def compare(s, questions: Sequence[Question], engine, judge, aggregators, sizes:
 
     def aggregate(kind, groups, name, size) -> list[Reference]:
         """Adds the row; returns the references of the first part."""
+        anchor = Anchor(engine, partial(seed_of, s.seed, kind, name, size), **sampling)  # whatever else is asked for
         parts = 1 if judged else g // size
         print(f"{time.strftime('%H:%M:%S')}  {name} of {size}", flush=True)
         shares = [group[i * size : (i + 1) * size] for i in range(parts) for group in groups]
         made = AGGREGATORS[name](list(questions) * parts, shares, anchor, boxed)  # question q of part i at i * Q + q
         answers = [[s.text for s in made[q :: len(questions)]] for q in range(len(questions))]
         written, cut = sum(s.tokens for s in made) / len(made), sum(s.cut for s in made)
-        cost = size + bool(written), size * mean_length(groups) + written
-        add(kind, answers, *cost, aggregator=name, size=size, cut=cut)
+        used = 1 if name == "single" else size
+        tokens = used * mean_length(groups) + written
+        add(kind, answers, used + bool(written), tokens, aggregator=name, size=size, cut=cut)
         return made[: len(questions)]
 
     before = engine.sample(prompts, g, policy=False, seed=seed_of(s.seed, "before"), **sampling)
@@ -156,8 +157,8 @@ def compare(s, questions: Sequence[Question], engine, judge, aggregators, sizes:
                 whole |= {name: made} if size == g else {}
     digest = hashlib.sha256(json.dumps([q.messages for q in questions]).encode()).hexdigest()
     results = {"questions": len(questions), "digest": digest, "judged": judged, "rows": rows}
-    results |= {"style": {"rollouts": style([texts(group) for group in before])}}
-    results["style"] |= {name: style([[s.text] for s in made]) for name, made in whole.items()}
+    written = {"rollouts": [texts(group) for group in before]} | {n: [[s.text] for s in made] for n, made in whole.items()}
+    results["style"] = {name: style(rows_of_texts) for name, rows_of_texts in written.items()}
     if boxed and "synthesis" in whole:
         rivals = {name: made for name, made in whole.items() if name != "synthesis"}
         results["mechanism"] = {n: mechanism(questions, before, whole["synthesis"], made) for n, made in rivals.items()}
@@ -169,17 +170,17 @@ def compare(s, questions: Sequence[Question], engine, judge, aggregators, sizes:
             ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= g]
             both = {"initial": right, "trained": right_after}
             results["pass"] = {n: {f"{k}": float(pass_at_k(v, k).mean()) for k in ks} for n, v in both.items()}
-            unsolved = right.sum(dim=1) == 0  # by any of the G rollouts of pi_0
-            now = right_after[unsolved].mean(dim=1)
-            results["coverage"] = {
-                "unsolved": int(unsolved.sum()), "solved_now": int((now > 0).sum()), "solved_mostly": int((now > 0.5).sum())
-            }  # fmt: skip
+            half = g // 2 or 1  # of pi_0's rollouts: which questions none of them solves; the rest are the control
+            unsolved = right[:, :half].sum(dim=1) == 0
+            counts = {f"solved by {g - half} of {n}": int(v[unsolved, half:].any(dim=1).sum()) for n, v in both.items()}
+            results["coverage"] = {f"{int(unsolved.sum())} questions that {half} of initial did not solve": counts}
     return results
 
 
 def plot(path: Path, measured: Sequence[dict]) -> None:
     """A PNG: accuracy against the generations an answer costs, against G, and what synthesis adds to the majority."""
     found = runs.methods([results for results in measured if results["digest"] == measured[0]["digest"]])
+    first = next(m for m in found.values() if m["kind"] == "initial")
     at_inference = {(m["aggregator"], m["size"]): m for m in found.values() if m["kind"] == "inference"}
     axes = (figure := Figure(figsize=(15, 4.5), layout="constrained")).subplots(1, 3, width_ratios=(4, 3, 3))
 
@@ -188,7 +189,7 @@ def plot(path: Path, measured: Sequence[dict]) -> None:
 
     for colour, name in enumerate(dict.fromkeys(name for name, _ in at_inference)):
         ms = [m for (n, _), m in at_inference.items() if n == name]
-        ms = ms if ms[0]["size"] == 1 else [{**found["initial policy"], "size": 1}, *ms]  # of one, a selection is that one
+        ms = ms if ms[0]["size"] == 1 else [{**first, "size": 1}, *ms]  # of one, a selection is that one
         for axis, cost in ((axes[0], "generations"), (axes[1], "size")):
             points = [runs.interval(m["scores"], clip=True) for m in ms]
             axis.plot([m[cost] for m in ms], [i["mean"] for i in points], color=f"C{colour}", label=name)
@@ -209,21 +210,18 @@ def plot(path: Path, measured: Sequence[dict]) -> None:
         axis.set_xscale("log", base=2)
         axis.set(xlabel=x, xticks=ticks, xticklabels=ticks)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def explain(results: dict) -> str:
     """What the table does not show, as small tables: counts of questions, pass@k, how texts are written."""
     lines = []
-    for corner, part in (("synthesis against", "mechanism"), ("pass@k", "pass"), ("per text", "style")):
+    for corner, part in (("synthesis against", "mechanism"), ("pass@k", "pass"), ("of", "coverage"), ("per text", "style")):
         if rows := results.get(part):
             cells = [[corner, *next(iter(rows.values()))]]
             for name, numbers in rows.items():
                 cells.append([name, *(f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in numbers.values())])
             lines += [*runs.markdown(cells), ""]
-    if (m := results.get("coverage")) is not None:
-        lines.append(f"no rollout of the initial policy is right on {m['unsolved']} questions; of these the trained policy "
-                     f"solves {m['solved_now']} at least once, {m['solved_mostly']} in most rollouts")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -254,12 +252,13 @@ def evaluate(given: dict) -> None:
     _, questions = load_questions(s)
     base, tokenizer = load_base(s.model)
     policy = saved_policy(base, adapter) if adapter else add_lora(base, s.lora_rank, s.seed)
-    engine, judge = load_engine(s, policy, tokenizer, out)
+    engine, judge = load_engine(s, policy, tokenizer, out.parent)  # verdicts are paid for once, also by a second try
     check_aggregators(s, engine, questions, names)
-    runs.create(out, settings)
+    runs.create(out, settings | {"evaluation": True})
     print(f"{len(questions)} questions, {s.group_size} rollouts each, in parts of {sizes}", flush=True)
     results = compare(s, questions, engine, judge, names, sizes, trained=adapter is not None)
-    save_comparison(out, settings, results | {"adapter": adapter and str(adapter)}, started)
+    trained = {"adapter": str(adapter), "trained": runs.saved_settings(adapter)} if adapter else {}
+    save_comparison(out, settings, results | trained, started)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -286,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             given.pop("command", None)
             evaluate(given)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: --plot names a folder that is not there, say
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     except (EngineError, JudgeError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:

@@ -77,7 +77,9 @@ def write_config(out: Path, settings: dict) -> None:
 def create(out: Path, settings: dict) -> None:
     """Make the run's folder and write config.json. Raises InputError where there is a run already."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty: continue it with --resume, or name another folder with --out")
+        raise InputError(
+            f"{out} exists and is not empty: name another folder with --out, or continue a training run with --resume"
+        )
     try:
         (out / "checkpoint").mkdir(parents=True)
         write_config(out, settings)
@@ -96,9 +98,7 @@ def saved_settings(out: Path) -> dict:
 def save_checkpoint(out: Path, state: dict, model, optimizer, best: bool = False) -> None:
     """Everything that the next step depends on. It replaces the one before in one rename: a crash leaves one of the two.
     `best`: it is also kept as the best so far, first, so that no checkpoint believes in a best one that is not there.
-
-    There is no random state to save, because all randomness of a step is a function of (seed, step).
-    """
+    There is no random state to save, because all randomness of a step is a function of (seed, step)."""
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     temporary = out / "checkpoint" / "state.tmp"
     torch.save({**state, "weights": weights, "optimizer": optimizer.state_dict()}, temporary)
@@ -185,9 +185,13 @@ def interval(values: np.ndarray, draws: int = 10_000, clip: bool = False) -> dic
     error, total = float(means.std()), sum(variances.values())
     freedom = total**2 / sum(v**2 / df for df, v in variances.items()) if total else 1
     means = mean + (means - mean) * stats.t.ppf(0.975, freedom) / stats.norm.ppf(0.975)
-    tail = min((means <= 1e-12).mean(), (means >= -1e-12).mean())  # of the draws, on the far side of 0
+    p = min(1.0, 2 * min((means <= 1e-12).mean(), (means >= -1e-12).mean()) + 1 / draws)  # draws on the far side of 0
+    if error < 1e-12:  # no spread at all: nothing is known about it
+        p = math.nan if abs(mean) > 1e-12 else 1.0
+    elif len(values) > 1:  # draws of a few runs cannot show how far their tail reaches: t, with R - 1 degrees of freedom
+        p = float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
     mean, low, high = np.clip([mean, *np.quantile(means, [0.025, 0.975])], *((0, 1) if clip else (None, None)))
-    return {"mean": mean, "error": error, "low": low, "high": high, "p": min(1.0, 2 * tail + 1 / draws)}
+    return {"mean": mean, "error": error, "low": low, "high": high, "p": p}
 
 
 def saved_results(out: Path) -> dict:
@@ -196,18 +200,16 @@ def saved_results(out: Path) -> dict:
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
         return {"digest": results["digest"], **results, "settings": saved_settings(out)}
     except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{out} holds no results.json of this version: give folders of finished runs or of evaluations"
-        ) from None
+        raise InputError(f"{out} holds no results.json of this version: name finished runs or evaluations") from None
 
 
 def methods(measured: Sequence[dict]) -> dict[str, dict]:
     """Rows of the same method put together: name -> {"runs": {seed: scores (Q,)}, and the first row's own entries}."""
-    found: dict[tuple, dict] = {}
+    found, by_name = {}, {}
     for results in measured:
-        s = results["settings"]
-        trained = PAPER_NAMES.get((s["method"], s["aggregator"]), f"{s['method']} on {s['aggregator']}")
-        trained += f", reward {s['reward']}" if s["method"] == "grpo" and s["reward"] != "match" else ""
+        s, run = results["settings"], results.get("trained", results["settings"])  # an evaluation has settings of its own
+        trained = PAPER_NAMES.get((run["method"], run["aggregator"]), f"{run['method']} on {run['aggregator']}")
+        trained += f", reward {run['reward']}" if run["method"] == "grpo" and run["reward"] != "match" else ""
         for row in results["rows"]:
             name = {
                 "initial": "initial policy",
@@ -216,11 +218,12 @@ def methods(measured: Sequence[dict]) -> dict[str, dict]:
                 "on trained": f"{row.get('aggregator')} of {row.get('size')} on trained: {trained}",
             }[row["kind"]]
             # Two runs are two seeds of one method only if nothing else differs that reaches this row.
-            reaches = s if "trained" in row["kind"] else {k: s[k] for k in INFERENCE} | {"boxed": s["reward"] == "match"}
-            same = {k: v for k, v in reaches.items() if k == "steps" or k not in ("seed", *MAY_CHANGE)}
+            same = {k: s[k] for k in INFERENCE} | {"boxed": s["reward"] == "match"}
+            if "trained" in row["kind"]:
+                same = {f"evaluated with {k}": v for k, v in same.items() if run.get(k, v) != v}
+                same |= {k: v for k, v in run.items() if k == "steps" or k not in ("seed", *MAY_CHANGE)}
             entry = found.setdefault((name, json.dumps(same, sort_keys=True)), {**row, "runs": {}, "name": name})
             entry["runs"].setdefault(s["seed"], np.array(row["values"], dtype=np.float64))
-    by_name: dict[str, dict] = {}
     for (name, same), entry in found.items():
         rivals = [json.loads(other) for n, other in found if n == name]
         differing = {k: v for k, v in json.loads(same).items() if any(r.get(k) != v for r in rivals)}
@@ -256,7 +259,7 @@ def table(measured: Sequence[dict], against: str | None = None) -> str:
             row += [f"{i['low']:.3f} to {i['high']:.3f}" if scored else ""]
             row += [f"{np.nansum(values) * m['answers']:.0f} of {answers}" if scored and not judged else ""]
             row += [f"{d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f})" if d and scored else ""]
-            row += [("< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}") if d and scored else ""]
+            row += [("< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}") if d and d["p"] == d["p"] else ""]
             cells.append([*row, f"{m['generations']}", f"{m['tokens']:.0f}"])
         lines += [*markdown(cells), ""]
     note = "± standard error, interval and p (two-sided): bootstrap over runs and questions, paired for differences"
@@ -269,9 +272,8 @@ def plot(out: Path) -> None:
     panels = {
         "Reward (share that agrees with the reference)": {"reward": "rollouts"},
         "True accuracy (labels, for the eye only)": {"accuracy/rollouts": "rollouts", "accuracy/reference": "reference"},
-        "Questions a step where reference and majority differ": {
-            f"mechanism/{key}": key.replace("_", " ") for key in ("differs", "differs_right", "other_right")
-        },
+        "Questions a step where reference and majority differ": {"mechanism/differs": "differ"}
+        | {"mechanism/differs_right": "reference right", "mechanism/other_right": "majority right"},
         "KL to the initial policy (nats a token)": {"kl": "k3"},
         "Completion length (tokens)": {"completions/mean_length": "mean"},
         "Entropy of a question's answers (nats)": {"mechanism/entropy": "rollouts"},
@@ -284,15 +286,14 @@ def plot(out: Path) -> None:
         for colour, (name, label) in enumerate(lines.items()):
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if not points:
-                axis.text(0.5, 0.5, "no labels", ha="center", transform=axis.transAxes)
+                axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
                 continue
             x, y = zip(*points, strict=True)
             smooth = [sum(y[max(0, i - 9) : i + 1]) / len(y[max(0, i - 9) : i + 1]) for i in range(len(y))]
             axis.plot(x, y, alpha=0.3, color=f"C{colour}")
             axis.plot(x, smooth, linewidth=2, color=f"C{colour}", label=label)
             axis.legend(fontsize=8)
-    for axis in axes[1]:
-        axis.set_xlabel("step")
+    figure.supxlabel("step", fontsize=10)
     for axis in axes[0][:2]:
         axis.set_ylim(-0.02, 1.02)
     figure.savefig(out / "curves.png", dpi=120)

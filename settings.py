@@ -188,6 +188,9 @@ def check(settings: dict) -> None:
         raise InputError("--reward physician wants physicians' rubrics, which only --task healthbench has: take another")
 
 
+SFT_IGNORES = {"beta", "kl", "clip", "updates_per_step", "importance_cap", "mask_truncated", "length_limit"}
+
+
 def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
     """(the run's folder, all settings, resuming?) from what the command line gave. Raises InputError.
 
@@ -200,6 +203,10 @@ def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
     if resume and out is None:
         raise InputError("--resume wants --out DIR, the folder of the run to continue")
     start = runs.saved_settings(out) if resume else start
+    if start:  # of an older version, which had fewer settings
+        start = DEFAULTS | TASKS[start["task"]].settings | start
+    if resume and start.get("evaluation"):
+        raise InputError(f"{out} holds an evaluation, which cannot be continued: start it anew with another --out")
     if start and given.get("engine") == "transformers":  # what was said to vLLM is not for it
         start |= {"engine_args": {}, "sleep": False}
     if resume:
@@ -219,6 +226,8 @@ def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
     given_sampling = settings.get("eval_sampling", {})
     settings["eval_sampling"] = eval_sampling(given_sampling, settings["model"], settings["temperature"])
     check(settings)
+    if settings["method"] == "sft" and start is None and (ignored := sorted(SFT_IGNORES & given.keys())):
+        raise InputError(f"--{ignored[0].replace('_', '-')} does nothing with --method sft: leave it out")
     name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     return out or Path("runs") / name, settings, False
 

@@ -93,7 +93,7 @@ class Anchor:
         def at_most(limit: int) -> list[str]:  # a text that is shorter than the marker would only grow
             kept = limit - len(marker)
             return [
-                text if len(ids) <= limit else decode(ids[: (kept + 1) // 2]) + CUT + decode(ids[len(ids) - kept // 2 :])
+                text if len(ids) <= limit else decode(ids[: kept // 2]) + CUT + decode(ids[len(ids) - (kept + 1) // 2 :])
                 for text, ids in zip(texts, encoded, strict=True)
             ]
 

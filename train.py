@@ -87,6 +87,7 @@ def sft_step(s: argparse.Namespace, step: int, batch: list, engine, judge, polic
     """
     started, sampling = time.perf_counter(), {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
     groups, references, targets = explore_with_anchor(s, step, batch, engine, sampling)
+    engine.sleep()
     numbers = update(
         policy, optimizer, [o for _, o in targets], torch.ones(len(targets)), beta=0.0, form=s.loss,
         token_budget=s.micro_batch_tokens,
@@ -119,6 +120,9 @@ def train(
     """Steps state["step"]..s.steps. After each, the run's folder holds all that the next one needs."""
     bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step")
     for step in bar:
+        if s.validate_every and state["since_best"] >= s.patience:
+            bar.write(f"stopping early: no better validation score in the last {s.patience}")
+            return
         batch = batch_of(questions, s.prompts_per_step, step, s.seed)
         groups, references, rewards, numbers = STEPS[s.method](s, step, batch, engine, judge, policy, optimizer)
         state["step"] = step + 1
@@ -140,9 +144,6 @@ def train(
             bar.write(f"WARNING: step {step}: {share} of the verdicts are unknown: no update", sys.stderr)
         if state["doubted_in_a_row"] >= 3:
             raise JudgeError(f"too few verdicts could be read in 3 steps in a row: its answers are in {out}/rollouts.jsonl")
-        if s.validate_every and state["since_best"] >= s.patience:
-            bar.write(f"stopping early: no better validation score in the last {s.patience}")
-            return
         if (difference := numbers["sampling/logp_difference_mean"] or 0.0) > MISMATCH:
             warning = f"engine and trainer differ by {difference:.2g} nats a token, more than {MISMATCH}"
             bar.write(f"WARNING: step {step}: {warning}: other weights, or too much rounding", sys.stderr)
@@ -174,7 +175,8 @@ def validator(s: argparse.Namespace, engine, judge, questions: list):
     judged = bool(questions) and questions[0].rubric is not None
     targets = []
     if s.method == "sft" and questions:
-        _, _, targets = explore_with_anchor(s, "validation", questions, engine, sampling)
+        as_trained = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}
+        _, _, targets = explore_with_anchor(s, "validation", questions, engine, as_trained)
 
     def validate() -> float | None:
         if s.method == "sft":
@@ -194,6 +196,11 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     s, started = argparse.Namespace(**settings), time.perf_counter()
     train_questions, test_questions = load_questions(s)
     kept = min(s.validation_questions, len(train_questions) // 10) if s.validate_every else 0
+    if s.split == "test-time" and s.method == "grpo" and (s.validate_every or s.reward == "physician"):
+        raise InputError(
+            "with --split test-time the validation's and the physicians' labels would be those of the final table: "
+            "take --split held-out, or --validate-every 0 and another --reward"
+        )
     if s.validate_every and not kept:
         raise InputError(
             f"{len(train_questions)} questions are too few to keep one in ten for validation: --validate-every 0"

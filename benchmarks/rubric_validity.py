@@ -7,12 +7,14 @@ reward that reads no label: the rubric proposed from s, the rubric from q alone,
 each, Pearson's, Spearman's and Kendall's correlation (tau-b) with the physicians' score, with 95% intervals:
 
     overall   over all responses: also rises if a reward only knows which questions are hard
-    within    inside each question, averaged over questions: what an advantage is made of, and so what training sees
+    within    inside each question, averaged over questions: what an advantage is made of, and so what training sees.
+              A question whose responses a reward cannot tell apart counts as 0; one that the truth cannot, not at all.
+
+The same judge marks by all of these, the physicians' rubrics too, so what is peculiar to it counts as agreement.
 """
 
 import argparse
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from scipy import stats
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runs
 from grpo import add_lora
-from rubrics import REWARDS
+from rollout import EngineError
+from rubrics import REWARDS, JudgeError
 from settings import EVALUATION, load_engine, parser_of, settle
 from synthesize import AGGREGATORS, Anchor
 from tasks import InputError, load_base, load_questions, seed_of
@@ -30,12 +33,12 @@ from tasks import InputError, load_base, load_questions, seed_of
 COEFFICIENTS = {"Pearson": stats.pearsonr, "Spearman": stats.spearmanr, "Kendall": stats.kendalltau}
 
 
-def correlation(coefficient, a: np.ndarray, b: np.ndarray) -> float:
-    """Of the pairs that both have; NaN where either is constant, so that nothing can be correlated."""
+def correlation(coefficient, a: np.ndarray, b: np.ndarray, blind: float = np.nan) -> float:
+    """Of the pairs that both have. NaN where `b` is constant, so that nothing can be correlated; `blind` where `a` is."""
     both = ~(np.isnan(a) | np.isnan(b))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.ConstantInputWarning)
-        return float(coefficient(a[both], b[both]).statistic) if both.sum() > 1 else np.nan
+    if both.sum() < 2 or np.ptp(b[both]) == 0:
+        return np.nan
+    return blind if np.ptp(a[both]) == 0 else float(coefficient(a[both], b[both]).statistic)
 
 
 def agreement(reward: np.ndarray, truth: np.ndarray, draws: int = 1000) -> dict[tuple[str, str], tuple]:
@@ -53,7 +56,7 @@ def agreement(reward: np.ndarray, truth: np.ndarray, draws: int = 1000) -> dict[
         ends = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
         used = int((~np.isnan(reward + truth)).any(axis=1).sum())
         found["overall", name] = (correlation(coefficient, reward.ravel(), truth.ravel()), *ends, used)
-        each = np.array([correlation(coefficient, r, t) for r, t in zip(reward, truth, strict=True)])
+        each = np.array([correlation(coefficient, r, t, blind=0.0) for r, t in zip(reward, truth, strict=True)])  # (Q,)
         i = runs.interval(each)
         found["within", name] = (i["mean"], i["low"], i["high"], int((~np.isnan(each)).sum()))
     return found
@@ -67,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         if not all(q.rubric for q in questions):
             raise InputError("these questions have no physicians' rubrics: take --task healthbench")
         base, tokenizer = load_base(s.model)
-        runs.create(out, settings)
-        engine, judge = load_engine(s, add_lora(base, s.lora_rank, s.seed), tokenizer, out)
-        sampling = s.eval_sampling | {"max_new_tokens": s.max_new_tokens}
+        runs.create(out, settings | {"evaluation": True})
+        engine, judge = load_engine(s, add_lora(base, s.lora_rank, s.seed), tokenizer, out.parent)
+        sampling = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}  # as in training: its spread is meant
         prompts = [q.messages for q in questions]
         groups = engine.sample(prompts, s.group_size, policy=False, seed=seed_of(s.seed, "validity"), **sampling)
         anchor = Anchor(engine, partial(seed_of, s.seed, "validity", "anchor"), **sampling)
@@ -81,6 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"rubric_validity.py: error: {error}", file=sys.stderr)
         return 2
+    except (EngineError, JudgeError, FloatingPointError) as error:
+        print(f"rubric_validity.py: stopped: {error}", file=sys.stderr)
+        return 1
     truth = marked["physician"].values.double().numpy()
     cells = [["reward", "", *COEFFICIENTS, "questions"]]
     for name in ("rubric", "rubric-question", "judge"):

@@ -10,6 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import scipy
 import torch
 
 import evaluate
@@ -269,9 +270,12 @@ def test_rows_can_be_computed_again_from_what_the_engine_was_asked_and_said(engi
     assert [r["tokens"] for r in results["rows"]] == pytest.approx(tokens)
 
     right = {"initial": initial["values"], "trained": trained["values"]}
-    unsolved = [q for q in range(6) if right["initial"][q] == 0]
-    now = [right["trained"][q] for q in unsolved]
-    assert [*results["coverage"].values()] == [len(unsolved), sum(v > 0 for v in now), sum(v > 0.5 for v in now)]
+    halves = lambda groups, i: share_right(questions, [[o.text for o in g[2 * i : 2 * i + 2]] for g in groups])  # noqa: E731
+    unsolved = [q for q in range(6) if halves(before, 0)[q] == 0]
+    solved = [sum(halves(groups, 1)[q] > 0 for q in unsolved) for groups in (before, after)]  # fresh samples for both
+    ((name, counts),) = results["coverage"].items()
+    assert name == f"{len(unsolved)} questions that 2 of initial did not solve"
+    assert counts == {"solved by 2 of initial": solved[0], "solved by 2 of trained": solved[1]}
     for name, values in right.items():
         assert results["pass"][name]["1"] == pytest.approx(statistics.fmean(values))
         assert results["pass"][name]["4"] == pytest.approx(statistics.fmean(v > 0 for v in values))
@@ -398,6 +402,22 @@ def test_answers_of_the_initial_policy_are_kept_apart_by_judge_prompt_and_group_
     assert "minus initial policy, judge anchor" in runs.table(two)  # the first row, whatever it is called
 
 
+def test_an_evaluation_names_what_was_trained_by_the_runs_own_settings():
+    run = measured(0, more=[trained(1, 1, 1, 1)])
+    again = measured(0, more=[trained(1, 1, 1, 1)], group_size=8, reward="judge") | {"trained": run["settings"]}
+    names = [name for name in runs.methods([run, again]) if name.startswith("trained")]
+    assert names[0] == "trained: CaT"
+    assert names[1].startswith("trained: CaT, evaluated with group_size 8")
+
+
+def test_p_of_a_few_runs_is_that_of_t_over_them_and_of_no_spread_is_nothing():
+    values = np.repeat([[0.10], [0.12], [0.14]], 50, axis=1)
+    between = statistics.stdev((0.10, 0.12, 0.14)) / math.sqrt(3)
+    assert runs.interval(values)["p"] == pytest.approx(2 * scipy.stats.t.sf(0.12 / between, 2), rel=0.1)
+    assert math.isnan(runs.interval([1, 1, 1])["p"])
+    assert runs.interval([0, 0, 0])["p"] == 1
+
+
 def test_scores_that_are_all_the_same_can_be_drawn(tmp_path):
     more = [synthesised(0.6, 0.6, 0.6, 0.6), {**synthesised(0.2, 0.2, 0.2, 0.2), "aggregator": "majority", "generations": 4}]
     evaluate.plot(tmp_path / "plot.png", [measured(initial=[0.1] * 4, more=more)])
@@ -490,7 +510,9 @@ def test_a_runs_policy_is_evaluated_with_the_runs_settings_and_put_into_one_tabl
     for kind in ("initial", "trained"):  # the same seed and the same weights
         assert rows[0][kind] == rows[1][kind]
     assert rows[1]["trained"]["tokens"] != rows[1]["initial"]["tokens"]
-    assert f"solves {now['coverage']['solved_now']} at least once" in capsys.readouterr().out
+    (unsolved,) = now["coverage"]
+    assert f"| {unsolved} |" in capsys.readouterr().out
+    assert now["trained"] == json.loads((run / "config.json").read_text())["settings"]
 
     assert evaluate.main(["table", str(run), str(out), "--against", "trained: CaT"]) == 0
     (table,) = tables(capsys.readouterr().out)

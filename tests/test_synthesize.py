@@ -309,7 +309,7 @@ def test_texts_that_do_not_fit_are_cut_evenly_in_the_middle_and_no_more_than_nee
 
     def limited(limit):
         kept = limit - marker
-        ends = [(ids[: kept - kept // 2], ids[len(ids) - kept // 2 :]) for ids in encoded]
+        ends = [(ids[: kept // 2], ids[len(ids) - (kept - kept // 2) :]) for ids in encoded]
         cut = [CUT.join(map(engine.tokenizer.decode, pair)) for pair in ends]
         return prompt([c if len(ids) > limit else t for c, ids, t in zip(cut, encoded, texts, strict=True)])
 

@@ -494,3 +494,43 @@ def test_each_pass_over_the_questions_takes_every_one_once_in_a_new_order():
     assert drawn[:10] != drawn[10:]
     assert train.batch_of(questions, 4, 2, seed=0) == drawn[8:12]  # a function of (seed, step) alone
     assert [train.batch_of(questions, 4, 0, seed=s) for s in range(4)].count(drawn[:4]) == 1
+
+
+def test_an_early_stop_stays_stopped_when_the_run_is_resumed(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = "--method sft --lr 1 --validate-every 1 --patience 1 --steps 9".split()
+    assert train.main([*SMALL, *arguments, "--out", str(out)]) == 0
+    steps, best = len(metrics(out)), adapter(out)
+    assert steps < 9
+    assert train.main(["--resume", "--out", str(out)]) == 0
+    assert len(metrics(out)) == steps
+    assert same(adapter(out), best)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--split test-time --validate-every 1", "labels would be those of the final table"),
+        ("--method sft --beta 0.1", "--beta does nothing with --method sft"),
+    ],
+)
+def test_what_would_leak_labels_or_do_nothing_is_refused(arguments, sentence, capsys):
+    assert sentence in refused(arguments.split(), capsys)
+
+
+def test_an_evaluation_is_not_a_run_to_be_resumed(tmp_path, capsys):
+    import evaluate
+
+    arguments = "--eval-questions 2 --group-size 2 --max-new-tokens 24 --aggregators majority".split()
+    assert evaluate.main([*arguments, "--out", str(tmp_path / "evaluation")]) == 0
+    before = (tmp_path / "evaluation" / "table.md").read_bytes()
+    assert "cannot be continued" in refused(["--resume", "--out", str(tmp_path / "evaluation")], capsys)
+    assert (tmp_path / "evaluation" / "table.md").read_bytes() == before
+
+
+def test_a_run_of_a_version_with_fewer_settings_can_be_resumed(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "old")
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["settings"]["split"], config["settings"]["method"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert train.main(["--resume", "--out", str(tmp_path / "old")]) == 0
