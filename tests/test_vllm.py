@@ -198,7 +198,7 @@ def test_a_run_with_vllm_trains_and_resumes(tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["settings"]["engine"] == "vllm"
     captured = capsys.readouterr()
     assert "rollouts by vllm" in captured.out
-    assert "trained policy" in captured.out
+    assert "| trained: CaT |" in captured.out
     assert "WARNING: step" not in captured.err
 
 
