@@ -474,7 +474,7 @@ def test_it_runs_from_elsewhere_with_a_read_only_checkout_and_spaces_in_paths(tm
     assert sorted(p for p in checkout.rglob("*")) == before  # also as root, whom permissions do not stop
     (out,) = (elsewhere / "runs").iterdir()
     assert out.name.startswith("sums-tiny-")
-    assert "trained policy" in done.stdout
+    assert "trained: CaT" in done.stdout
     assert json.loads((out / "config.json").read_text())["commit"] is None
 
 
