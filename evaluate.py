@@ -182,7 +182,8 @@ def plot(path: Path, measured: Sequence[dict]) -> None:
     found = runs.methods([results for results in measured if results["digest"] == measured[0]["digest"]])
     first = next(m for m in found.values() if m["kind"] == "initial")
     at_inference = {(m["aggregator"], m["size"]): m for m in found.values() if m["kind"] == "inference"}
-    axes = (figure := Figure(figsize=(15, 4.5), layout="constrained")).subplots(1, 3, width_ratios=(4, 3, 3))
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(4, 3, 3))
 
     def bar(axis, x, i, **style):
         axis.errorbar(x, i["mean"], [[max(0, i["mean"] - i["low"])], [max(0, i["high"] - i["mean"])]], capsize=2, **style)

@@ -250,7 +250,7 @@ def check_aggregators(s: argparse.Namespace, engine, questions: list, aggregator
     cut, boxed = [CUT] * s.group_size, s.reward == "match"
     if "majority" in aggregators and not boxed:
         raise InputError("the aggregator majority counts boxed answers, which only --reward match asks for: take another")
-    seen = {q.conversation * ("synthesis-question" in aggregators) for q in questions}
+    seen = {q.conversation for q in questions} if "synthesis-question" in aggregators else {""}
     frames = [synthesis_messages(cut, boxed, question) for question in seen] + [best_messages(cut, boxed)]
     longest = max(len(engine.encode(messages)) for messages in [*frames, *(q.messages for q in questions)])
     if longest + s.max_new_tokens >= engine.context:  # one token of room, because scoring with vLLM generates one

@@ -72,7 +72,7 @@ class Anchor:
         drawn = self.engine.sample(prompts, 1, policy=False, seed=next(self.seeds), **self.sampling | changes)
         return [group[0] for group in drawn]
 
-    def surprise(self, prompts: Sequence[Messages], completions: Sequence[list[int]]) -> list[float]:
+    def nll(self, prompts: Sequence[Messages], completions: Sequence[list[int]]) -> list[float]:
         """Mean negative log-probability a token (nats) of completions[i] after prompts[i]: the log of its perplexity."""
         scores = self.engine.score(prompts, completions, policy=False)
         return [-sum(logprobs) / len(logprobs) for logprobs in scores]
@@ -143,7 +143,9 @@ def synthesis(questions, groups, anchor: Anchor, boxed: bool = True, with_questi
     shows what reading the others was worth, and not what a lower temperature was worth.
     """
     asked = [
-        anchor.shown(texts(group), partial(synthesis_messages, boxed=boxed, question=q.conversation * with_question))
+        anchor.shown(
+            texts(group), partial(synthesis_messages, boxed=boxed, question=q.conversation if with_question else "")
+        )
         for q, group in zip(questions, groups, strict=True)
     ]
     written = anchor.sample([messages for messages, _ in asked])
@@ -194,17 +196,20 @@ def self_bon(questions, groups, anchor: Anchor, boxed: bool = True) -> list[Refe
     ]
 
 
-def least_surprising(groups, surprises: Sequence[float], cuts: Sequence[int]) -> list[Reference]:
-    """Of each group the rollout with the lowest of `surprises`, which has one number a rollout; the first of equals."""
-    values = iter(surprises)
-    best = [min(group, key=lambda o: next(values)) for group in groups]  # min asks for the keys in order
-    return [chosen(o, cut=cut) for o, cut in zip(best, cuts, strict=True)]
+def lowest_perplexity(groups, nlls: Sequence[float], cuts: Sequence[int]) -> list[Reference]:
+    """Of each group the rollout with the lowest of `nlls`, which has one number a rollout; the first of equals."""
+    references, start = [], 0
+    for group, cut in zip(groups, cuts, strict=True):
+        own = nlls[start : start + len(group)]
+        references.append(chosen(group[own.index(min(own))], cut=cut))
+        start += len(group)
+    return references
 
 
 def min_perplexity(questions, groups, anchor: Anchor, boxed: bool = True) -> list[Reference]:
     """s is the rollout with the lowest perplexity given q, under the anchor and at temperature 1."""
     pairs = [(q.messages, o.ids) for q, group in zip(questions, groups, strict=True) for o in group]
-    return least_surprising(groups, anchor.surprise(*zip(*pairs, strict=True)), [0] * len(groups))
+    return lowest_perplexity(groups, anchor.nll(*zip(*pairs, strict=True)), [0] * len(groups))
 
 
 def mutual_predictability(questions, groups, anchor: Anchor, boxed: bool = True) -> list[Reference]:
@@ -219,7 +224,7 @@ def mutual_predictability(questions, groups, anchor: Anchor, boxed: bool = True)
             messages, cut = anchor.shown(texts(others), prompt, len(o.ids) + 1)  # 1: vLLM wants to generate one token
             pairs.append((messages, o.ids))
             cuts[-1] = max(cuts[-1], cut)
-    return least_surprising(groups, anchor.surprise(*zip(*pairs, strict=True)), cuts)
+    return lowest_perplexity(groups, anchor.nll(*zip(*pairs, strict=True)), cuts)
 
 
 def single(questions, groups, anchor: Anchor | None = None, boxed: bool = True) -> list[Reference]:
