@@ -21,13 +21,12 @@ import torch
 from matplotlib.figure import Figure
 
 import runs
-from grpo import add_lora
 from rewards import Rewards, boxed_answer, equal
 from rollout import EngineError, Rollout
 from rubrics import JudgeError, physician_scores
 from settings import EVALUATION, check_aggregators, load_engine, parser_of, settle
 from synthesize import AGGREGATORS, Anchor, Reference, answer_classes, majority, style, texts
-from tasks import InputError, Question, load_base, load_questions, saved_policy, seed_of
+from tasks import InputError, Question, add_lora, load_base, load_questions, saved_policy, seed_of
 
 # ------------------------------------------------------------------------------------------------- scores
 

@@ -1,4 +1,4 @@
-"""GRPO by hand: advantages, token log-probabilities, the loss, and one update of the LoRA (paper, section 3; DeepSeekMath).
+"""GRPO by hand: token log-probabilities, the loss, and one update of the LoRA (paper, section 3; DeepSeekMath).
 
 Shapes: Q questions in a step, G rollouts of each, B rollouts in a micro-batch, T tokens in its longest completion,
 N completion tokens in a micro-batch, V vocabulary, H hidden size.
@@ -7,63 +7,75 @@ Symbols: R rewards, A advantages, o_i a completion of |o_i| tokens, pi_t the pol
 that sampled (`old_logprobs`), pi_0 the reference policy (`ref_logprobs`), beta the KL coefficient, epsilon the clip ratio.
 """
 
+import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache, DynamicLayer
 
-EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
-LOGIT_CHUNK = 1024  # completion tokens whose logits exist at a time: 1024 x 152k x 4 bytes is 0.6 GB
-
-
-def add_lora(base, rank: int, seed: int, checkpointing: bool = False):
-    """The policy: `base` with a trainable LoRA on every linear layer but the output head; B = 0, so pi_t starts as pi_0.
-
-    The adapter is float32 (peft casts it) over a base of any dtype: in bf16 an AdamW step of 1e-5 rounds to nothing.
-    No dropout: it would make the ratio pi_t / pi_old differ from 1 with equal weights. No bias: vLLM refuses it.
-
-    `checkpointing` keeps only each layer's input for the backward pass and computes the layer again there: far less
-    memory, for one more forward pass.
-    """
-    torch.manual_seed(seed)  # of A's random initial values
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
-    )
-    if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})  # nothing is random
-    return get_peft_model(base, config)
-
-
-def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
-    """A_i = (R_i - mean R) / std R within each group (paper, section 3). `rewards` (Q, G) -> (Q, G).
-
-    A group whose rewards are all equal has A = 0. That is tested on max - min, not left to an epsilon in the
-    denominator: eight times 0.3 in float32 has a tiny spread, and 1e-8 / 1e-8 is not small.
-
-    `penalty` (Q, G) is beta times each rollout's KL estimate, for --kl reward (the paper's setting). It shifts
-    rewards but does not count as spread: else a group of equal rewards would learn from the KL's noise, scaled up to 1.
-
-    >>> advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]]))
-    tensor([[ 0.8660, -0.8660,  0.8660, -0.8660],
-            [ 0.0000,  0.0000,  0.0000,  0.0000]])
-    """
-    spread = rewards.amax(dim=1) - rewards.amin(dim=1)  # (Q,)
-    shaped = rewards if penalty is None else rewards - penalty  # (Q, G)
-    centred = shaped - shaped.mean(dim=1, keepdim=True)  # (Q, G)
-    scale = rewards.std(dim=1, keepdim=True)  # (Q, 1); of the task's rewards alone; n - 1, as TRL and verl do
-    differ = spread >= EQUAL_REWARDS  # (Q,); False where a reward is NaN, so such a group teaches nothing
-    return torch.where(differ[:, None], centred / scale, torch.zeros_like(centred))
+LOGIT_CHUNK = 256  # completion tokens whose logits exist at a time: 256 x 152k x 4 bytes is 0.16 GB
 
 
 def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = head(hidden)  # (n, V)
+    """(log-probabilities, entropies), (n,) each, of `targets` (n,) after states `hidden` (n, H)."""
+    learning = torch.is_grad_enabled()
+    state = hidden.detach().requires_grad_(learning)
+    logits = head(state)  # (n, V)
     # At least float32, whatever the base is in; and divided by T, because what was sampled at T is scored at T.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
     logprobs = torch.log_softmax(logits, dim=-1)  # (n, V)
-    entropy = -(logprobs.exp() * logprobs).sum(-1).detach()  # (n,)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+    chosen = logprobs.gather(-1, targets[:, None])[:, 0]  # (n,)
+    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)  # (n,)
+    if learning:
+        # A log-probability depends on its own state alone, so all its derivatives are one row, and the rows of all n
+        # come from one backward pass, now. Nothing with V columns then waits for the loss, or is computed twice.
+        (rows,) = torch.autograd.grad(chosen.sum(), state)  # (n, H)
+        zero = (hidden - state.detach()).to(chosen.dtype)  # (n, H), with the gradient of `hidden`
+        chosen = chosen.detach() + (zero * rows.to(chosen.dtype)).sum(-1)
+    return chosen, entropy
+
+
+class _PromptLayer(DynamicLayer):
+    """One layer's keys and values of prompts, (D, heads, P, d): read first, then put before those of B completions.
+
+    Unlike its parent's, `update` does not add to what it keeps, so a layer can be computed again in the backward pass.
+    """
+
+    rows: torch.Tensor | None = None  # (B,), which prompt each completion follows; None where prompts are read
+
+    def update(self, keys, values, *_):
+        if self.rows is None:
+            self.keys, self.values, self.is_initialized = keys, values, True
+            return keys, values
+        before = self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)  # (B, heads, P, d) each
+        return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
+
+
+def _hidden_states(decoder, prompts: list[tuple], tails: list[list[int]]) -> torch.Tensor:
+    """Hidden states (B, W, H) of `tails`, each read after its prompt. Equal prompts are read ONCE for all their tails.
+
+    A prompt's keys and values then take gradients from all of these, and their sum is the gradient of the whole.
+    """
+    device, width = decoder.device, max(map(len, tails))
+    # On the right, padding is seen by no real token, because attention is causal.
+    ids = torch.tensor([tail + [0] * (width - len(tail)) for tail in tails], device=device)  # (B, W)
+    if not any(prompts):
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+    distinct, longest = list(dict.fromkeys(prompts)), max(map(len, prompts))
+    # On the left, because a sliding window counts columns, and tails follow in the next one.
+    padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in distinct], device=device)  # (D, P)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)  # (D, P)
+    cache = Cache(layer_class_to_replicate=_PromptLayer)
+    decoder(input_ids=padded, attention_mask=mask, position_ids=mask.cumsum(1) - mask, past_key_values=cache)
+    rows = torch.tensor([distinct.index(p) for p in prompts], device=device)  # (B,)
+    shared = Cache(layers=[copy(layer) for layer in cache.layers])
+    for layer in shared.layers:
+        layer.rows = rows
+    mask = torch.cat([mask[rows], mask.new_ones(ids.shape)], dim=1)  # (B, P + W)
+    position = mask.cumsum(1)[:, longest:] - 1  # (B, W)
+    return decoder(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=shared).last_hidden_state
 
 
 def token_logprobs(model, prompts: Sequence[list[int]], completions: Sequence[list[int]], *, temperature: float):
@@ -72,33 +84,26 @@ def token_logprobs(model, prompts: Sequence[list[int]], completions: Sequence[li
     `mask` is 1.0 on the completion's tokens. It comes from LENGTHS: many models pad with their end-of-sequence token,
     so a mask made from ids would drop the very token that teaches a model to stop. Zeros where the mask is 0.
 
-    Memory: the backbone runs on whole sequences, but logits exist for completion tokens only, LOGIT_CHUNK at a time,
-    and are computed again in the backward pass. 8 x 1024 tokens of a 152k vocabulary would be 5 GB of float32.
+    Memory: the backbone runs on whole sequences, but logits exist for completion tokens only, LOGIT_CHUNK at a time.
+    8 x 1024 tokens of a 152k vocabulary would be 5 GB of float32.
     """
-    device = model.device
-    width = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    # Padding is on the right and attention is causal, so no real token sees it: no attention mask is needed.
-    rows = [p + c + [0] * (width - len(p) - len(c)) for p, c in zip(prompts, completions, strict=True)]
-    ids = torch.tensor(rows, device=device)  # (B, width)
-    base = model.get_base_model()
-    hidden = base.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # (B, width, H)
-
-    lengths = torch.tensor([len(c) for c in completions], device=device)  # (B,)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]  # (B, T)
-    row, t = mask.nonzero(as_tuple=True)  # (N,) each
-    # Position p predicts token p + 1: the completion's first token is predicted at the prompt's last position.
-    position = torch.tensor([len(p) - 1 for p in prompts], device=device)[row] + t  # (N,)
-    states, targets = hidden[row, position], ids[row, position + 1]  # (N, H), (N,)
-
-    head = base.get_output_embeddings()
+    base, lengths = model.get_base_model(), [len(c) for c in completions]
+    # A prompt's last token is read with each completion, whose first token it predicts; its others are read once.
+    shared = len(set(map(tuple, prompts))) < len(prompts)
+    before = [tuple(p[:-1]) if shared else () for p in prompts]
+    tails = [p[len(b) :] + c[:-1] for p, b, c in zip(prompts, before, completions, strict=True)]
+    hidden = _hidden_states(base.get_decoder(), before, tails)  # (B, W, H)
+    # A state predicts the token after it, and the last ones of a tail are the |o_i| that predict its completion.
+    states = torch.cat([h[len(t) - n : len(t)] for h, t, n in zip(hidden, tails, lengths, strict=True)])  # (N, H)
+    targets = torch.tensor([i for c in completions for i in c], device=model.device)  # (N,)
     chunks = [
-        checkpoint(_chunk_logprobs, h, y, head, temperature, use_reentrant=False)
+        _chunk_logprobs(h, y, base.get_output_embeddings(), temperature)
         for h, y in zip(states.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK), strict=True)
     ]
-    flat, flat_entropy = (torch.cat(parts) for parts in zip(*chunks, strict=True))  # (N,) each
-    logprobs = flat.new_zeros(mask.shape).masked_scatter(mask, flat)  # (B, T)
-    entropy = flat.new_zeros(mask.shape).masked_scatter(mask, flat_entropy)  # (B, T)
-    return logprobs, mask.float(), entropy
+    flat = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # (N,) each
+    logprobs, entropy = (pad_sequence(values.split(lengths), batch_first=True) for values in flat)  # (B, T) each
+    mask = pad_sequence([torch.ones(n, device=model.device) for n in lengths], batch_first=True)  # (B, T)
+    return logprobs, mask, entropy
 
 
 def policy_loss(
@@ -151,15 +156,24 @@ def policy_loss(
     return (per_token.sum(dim=1) / mask.sum(dim=1)).sum() / total_rollouts, sums
 
 
-def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+def micro_batches(lengths: Sequence[int], token_budget: int, prompts: Sequence[list[int]] | None = None) -> Iterator[list]:
     """Indices of sequences of like length, in batches of at most `token_budget` tokens with padding (one at least).
+
+    With `prompts`, `lengths` are those of their completions. Completions of a prompt then stay together, because
+    token_logprobs reads it once for all of them.
 
     >>> list(micro_batches([5, 1, 4, 2], token_budget=8))
     [[1, 3], [2], [0]]
     """
+    keys = [tuple(p) for p in prompts] if prompts else [()] * len(lengths)
+    longest: dict[tuple, int] = {}  # completion of each prompt: prompts of like size are neighbours
+    for key, length in zip(keys, lengths, strict=True):
+        longest[key] = max(length, longest.get(key, 0))
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and lengths[i] * (len(batch) + 1) > token_budget:  # sorted, so i is the longest: the batch's width
+    for i in sorted(range(len(keys)), key=lambda i: (len(keys[i]) + longest[keys[i]], keys[i], lengths[i])):
+        distinct = {keys[j] for j in [*batch, i]}
+        tokens = len(distinct) * max(map(len, distinct)) + (len(batch) + 1) * max(lengths[j] for j in [*batch, i])
+        if batch and tokens > token_budget:
             yield batch
             batch = []
         batch.append(i)
@@ -171,7 +185,7 @@ def micro_batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[in
 def sequence_kl(model, rollouts: Sequence, *, temperature: float, token_budget: int) -> torch.Tensor:
     """sum_t log pi_t - log pi_0 of each rollout, (len(rollouts),): an estimate of its KL in nats, for --kl reward."""
     kl = torch.zeros(len(rollouts))
-    for rows in micro_batches([len(o.prompt_ids) + len(o.ids) for o in rollouts], token_budget):
+    for rows in micro_batches([len(o.ids) for o in rollouts], token_budget, [o.prompt_ids for o in rollouts]):
         prompts, completions = [rollouts[i].prompt_ids for i in rows], [rollouts[i].ids for i in rows]
         logprobs, _, _ = token_logprobs(model, prompts, completions, temperature=temperature)
         with model.disable_adapter():
@@ -210,14 +224,12 @@ def update(
     """
     kept = [i for i, o in enumerate(rollouts) if not (mask_truncated and o.finish_reason == "length")]
     total_tokens, total_rollouts = sum(len(rollouts[i].ids) for i in kept), len(kept)
-    used = [i for i in kept if beta or advantage[i] != 0]
-    cuts = [
-        [used[j] for j in rows]
-        for rows in micro_batches([len(rollouts[i].prompt_ids) + len(rollouts[i].ids) for i in used], token_budget)
-    ]
+    used = [rollouts[i] for i in kept if beta or advantage[i] != 0]
+    used_advantage = advantage[[i for i in kept if beta or advantage[i] != 0]].to(model.device)
+    cuts = list(micro_batches([len(o.ids) for o in used], token_budget, [o.prompt_ids for o in used]))
 
     def logprobs_of(rows):
-        prompts, completions = [rollouts[i].prompt_ids for i in rows], [rollouts[i].ids for i in rows]
+        prompts, completions = [used[i].prompt_ids for i in rows], [used[i].ids for i in rows]
         return token_logprobs(model, prompts, completions, temperature=temperature)
 
     # With one update, pi_old IS pi_t and exp(logprobs - logprobs.detach()) is 1 with the right gradient. With
@@ -227,57 +239,41 @@ def update(
         with torch.no_grad():
             old = [logprobs_of(rows)[0] for rows in cuts]
 
-    sums = {"loss": 0.0, "nll": 0.0, "kl": 0.0, "clip_ratio": 0.0, "entropy": 0.0, "difference": 0.0, "grad_norm": 0.0}
+    sums = dict.fromkeys(("loss", "grad_norm", "kl", "clip_ratio", "entropy", "nll", "difference"), 0.0)
     largest_difference, seen_tokens, skipped = 0.0, 0, 0
-    trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()  # no dropout anywhere in the base either; gradients flow all the same
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            module.training = True  # else it does not checkpoint; what is inside it stays without dropout
-    for k in range(updates):
+    for _ in range(updates):
         optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for rows, old_logprobs in zip(cuts, old, strict=True):
             logprobs, mask, entropy = logprobs_of(rows)
             old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-            engine_logprobs = torch.zeros_like(mask)  # (B, T)
-            for b, i in enumerate(rows):
-                engine_logprobs[b, : len(rollouts[i].logprobs)] = torch.tensor(rollouts[i].logprobs)
-            weights = None
+            engine_logprobs = pad_sequence([torch.tensor(used[i].logprobs) for i in rows], batch_first=True).to(
+                mask
+            )  # (B, T)
+            weights, ref_logprobs = None, None
             if importance_cap is not None:
                 weights = torch.exp(old_logprobs - engine_logprobs).clamp(max=importance_cap)  # (B, T)
-            ref_logprobs = None
             if beta:
                 with torch.no_grad(), model.disable_adapter():
                     ref_logprobs = logprobs_of(rows)[0]
             loss, parts = policy_loss(
-                logprobs,
-                old_logprobs,
-                ref_logprobs,
-                advantage[rows].to(logprobs.device),
-                mask,
-                clip=clip,
-                beta=beta,
-                form=form,
-                total_tokens=total_tokens,
-                total_rollouts=total_rollouts,
-                weights=weights,
-            )
+                logprobs, old_logprobs, ref_logprobs, used_advantage[rows], mask, clip=clip, beta=beta, form=form,
+                total_tokens=total_tokens, total_rollouts=total_rollouts, weights=weights,
+            )  # fmt: skip
             loss.backward()  # gradients of the micro-batches add up
             loss_sum += float(loss.detach())
+            difference = (old_logprobs - engine_logprobs).abs() * mask
+            largest_difference = max(largest_difference, float(difference.max()))
+            parts |= {"entropy": entropy.sum(), "nll": -(logprobs.detach() * mask).sum(), "difference": difference.sum()}
             for name, value in parts.items():
-                sums[name] += value
+                sums[name] += float(value)
             seen_tokens += int(mask.sum())
-            sums["entropy"] += float(entropy.sum())
-            sums["nll"] -= float((logprobs.detach() * mask).sum())
-            if k == 0:
-                difference = (old_logprobs - engine_logprobs).abs() * mask
-                sums["difference"] += float(difference.sum())
-                largest_difference = max(largest_difference, float(difference.max()))
+        trainable = [p for p in model.parameters() if p.requires_grad]
         grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)) if cuts else 0.0
         sums["loss"] += loss_sum
         sums["grad_norm"] += grad_norm
-        if not all(map(torch.isfinite, torch.tensor([loss_sum, grad_norm]))):
+        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
             skipped += 1
         elif cuts:
             optimizer.step()
@@ -293,7 +289,7 @@ def update(
         "entropy": per_token("entropy"),
         "nll": per_token("nll"),
         "clip_ratio": per_token("clip_ratio"),
-        "sampling/logp_difference_mean": sums["difference"] * updates / seen_tokens if seen_tokens else None,
+        "sampling/logp_difference_mean": per_token("difference"),
         "sampling/logp_difference_max": largest_difference if seen_tokens else None,
         "update/skipped": skipped,
     }

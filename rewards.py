@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # only for the annotations: this file can be copied alone, an
 
 # ------------------------------------------------------------------------------------------------- the answer
 
+EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
 _TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # "\\." steps over \{ and \}, which do not nest
 
 
@@ -242,6 +243,27 @@ def penalise_length(rewards: Rewards, groups: Sequence[Sequence[Rollout]], limit
     """R - 1 for rollouts above `limit` tokens: rubrics reward every further fact, so answers grow (paper, HealthBench)."""
     if limit is not None:
         rewards.values.sub_(torch.tensor([[float(len(o.ids) > limit) for o in group] for group in groups]))
+
+
+def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
+    """A_i = (R_i - mean R) / std R within each group (paper, section 3). `rewards` (Q, G) -> (Q, G).
+
+    A group whose rewards are all equal has A = 0. That is tested on max - min, not left to an epsilon in the
+    denominator: eight times 0.3 in float32 has a tiny spread, and 1e-8 / 1e-8 is not small.
+
+    `penalty` (Q, G) is beta times each rollout's KL estimate, for --kl reward (the paper's setting). It shifts
+    rewards but does not count as spread: else a group of equal rewards would learn from the KL's noise, scaled up to 1.
+
+    >>> advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]]))
+    tensor([[ 0.8660, -0.8660,  0.8660, -0.8660],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    spread = rewards.amax(dim=1) - rewards.amin(dim=1)  # (Q,)
+    shaped = rewards if penalty is None else rewards - penalty  # (Q, G)
+    centred = shaped - shaped.mean(dim=1, keepdim=True)  # (Q, G)
+    scale = rewards.std(dim=1, keepdim=True)  # (Q, 1); of the task's rewards alone; n - 1, as TRL and verl do
+    differ = spread >= EQUAL_REWARDS  # (Q,); False where a reward is NaN, so such a group teaches nothing
+    return torch.where(differ[:, None], centred / scale, torch.zeros_like(centred))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ text and encoding that again can give other tokens, whose probabilities nobody s
 """
 
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
@@ -21,6 +20,7 @@ from functools import partial
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper, set_seed
+from transformers.cache_utils import DynamicLayer
 
 from grpo import micro_batches, token_logprobs
 from tasks import InputError, one_line
@@ -84,6 +84,24 @@ class Engine:
         """From now on `policy=True` means the trainer's newest weights. Here there is one model, so nothing to do."""
 
 
+class _RoomyLayer(DynamicLayer):
+    """One layer's keys and values with room for `room` new tokens. DynamicLayer copies all of them for every token."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def update(self, keys, values, *_):
+        start, self.used = self.used, self.used + keys.shape[2]
+        if start == 0:  # the prompts: (B, heads, P + room, d)
+            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, self.room)) for x in (keys, values))
+        self.keys[:, :, start : self.used], self.values[:, :, start : self.used] = keys, values
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+
 class TransformersEngine(Engine):
     """Samples with the trainer's own model, so that it runs wherever PyTorch runs.
 
@@ -139,6 +157,7 @@ class TransformersEngine(Engine):
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # (B, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (B, width)
         cache = DynamicCache(config=self.model.config)
+        cache.layers = [_RoomyLayer(max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         # Each prompt is read ONCE; its keys and values are then shared out to its n rollouts. generate() with
         # num_return_sequences=n reads it n times.
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, width)
@@ -163,7 +182,10 @@ class TransformersEngine(Engine):
             if temperature == 0:
                 token = logprobs.argmax(-1, keepdim=True)  # (rows, 1)
             else:
-                token = torch.multinomial(logprobs.exp(), 1, generator=generator)  # (rows, 1)
+                # Where the cumulated probability passes one random number; torch.multinomial would draw V of them.
+                cumulated = logprobs.double().exp().cumsum(-1)  # (rows, V)
+                drawn = torch.rand(len(rows), 1, generator=generator, dtype=torch.double, device=device)
+                token = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True)  # (rows, 1)
             chosen = logprobs.gather(-1, token)  # (rows, 1)
             for row, t, lp in zip(rows.tolist(), token[:, 0].tolist(), chosen[:, 0].tolist(), strict=True):
                 completions[row][0].append(t)
@@ -183,11 +205,9 @@ class TransformersEngine(Engine):
     @torch.no_grad()
     def score(self, prompts: Sequence[Messages], completions: Sequence[list[int]], *, policy: bool = True) -> list:
         """Log-probabilities (nats, temperature 1) of each token of completions[i] after prompts[i], (|o_i|,) each."""
-        self.model.eval()
         scores, encoded = [[] for _ in prompts], [self.encode(messages) for messages in prompts]
-        lengths = [len(q) + len(o) for q, o in zip(encoded, completions, strict=True)]
         with nullcontext() if policy else self.model.disable_adapter():
-            for rows in micro_batches(lengths, self.batch_tokens // 8):
+            for rows in micro_batches([len(o) for o in completions], self.batch_tokens // 8, encoded):
                 batch = [encoded[i] for i in rows], [completions[i] for i in rows]
                 for i, logprobs in zip(rows, token_logprobs(self.model, *batch, temperature=1.0)[0].tolist(), strict=True):
                     scores[i] = logprobs[: len(completions[i])]
@@ -197,41 +217,21 @@ class TransformersEngine(Engine):
 class VLLMEngine(Engine):
     """Samples with vLLM in this process: several times faster, for a second copy of the base and a KV cache of its own.
 
-    Policy and anchor are one engine: a request carries the newest LoRA or none. `options` go to vllm.LLM as they are.
-    Raises InputError if vLLM does not start, and EngineError if it fails later.
+    Policy and anchor are one engine: a request carries the newest LoRA or none. `options` are those of vllm.LLM
+    (settings.vllm_options). Raises InputError if vLLM does not start, and EngineError if it fails later.
     """
 
-    def __init__(self, model, tokenizer, options: dict, sleep: bool):
-        cpu = model.device.type == "cpu"
-        if cpu and sleep:
-            raise InputError("--sleep frees GPU memory, and there is no GPU here: leave it out")
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that seeds reach its sampler
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else the trainer's threads are bound as well
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        lora = model.peft_config["default"]
-        settings = {
-            "model": model.get_base_model().name_or_path,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "enable_lora": True,
-            "max_lora_rank": lora.r,
-            "lora_target_modules": sorted(lora.target_modules),  # not the output head: its LoRA would spoil `score`
-            "max_loras": 1,  # the newest alone; the one before is dropped when it comes
-            "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer's
-            "max_model_len": -1,  # the model's own, or what the KV cache can hold
-            "enable_sleep_mode": sleep,
-            "use_tqdm_on_load": False,
-            **({"kv_cache_memory_bytes": 2 << 30} if cpu else {"gpu_memory_utilization": 0.45}),  # the rest trains
-        } | options
-        self.sleeps, self.asleep, self.version = sleep, False, 0
+    def __init__(self, model, tokenizer, options: dict):
+        self.sleeps, self.asleep, self.version = options["enable_sleep_mode"], False, 0
         try:
             import vllm
 
-            self.vllm, self.llm = vllm, vllm.LLM(**settings)
+            self.vllm, self.llm = vllm, vllm.LLM(**options)
             super().__init__(model, tokenizer, self.llm.model_config.max_model_len)
             self.sync()
         except Exception as error:  # noqa: BLE001 -- too little memory, an unknown option or model: each raises its own
             raise InputError(
-                f"vLLM cannot start {settings['model']}: change its options with --engine-args, like "
+                f"vLLM cannot start {options['model']}: change its options with --engine-args, like "
                 f"'{{\"gpu_memory_utilization\": 0.3}}', or take --engine transformers ({one_line(error)})"
             ) from None
 

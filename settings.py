@@ -6,6 +6,7 @@ A setting comes from the command line, else from the task (tasks.TASKS), else fr
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -232,10 +233,35 @@ def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
     return out or Path("runs") / name, settings, False
 
 
+def vllm_options(model, given: dict, sleep: bool = False) -> dict:
+    """What vllm.LLM is started with to sample from the PeftModel `model`: `given` (--engine-args) over what suits it."""
+    cpu, lora = model.device.type == "cpu", model.peft_config["default"]
+    if cpu and sleep:
+        raise InputError("--sleep frees GPU memory, and there is no GPU here: leave it out")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process, so that seeds reach its sampler
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else the trainer's threads are bound as well
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    return {
+        "model": model.get_base_model().name_or_path,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "enable_lora": True,
+        "max_lora_rank": lora.r,
+        "lora_target_modules": sorted(lora.target_modules),  # not the output head: its LoRA would spoil `score`
+        "max_loras": 1,  # the newest alone; the one before is dropped when it comes
+        "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer's
+        "max_model_len": -1,  # the model's own, or what the KV cache can hold
+        "enable_sleep_mode": sleep,
+        "use_tqdm_on_load": False,
+        **({"kv_cache_memory_bytes": 2 << 30} if cpu else {"gpu_memory_utilization": 0.45}),  # the rest trains
+    } | given
+
+
 def load_engine(s: argparse.Namespace, policy, tokenizer, out: Path) -> tuple:
     """(engine, judge) that the settings name."""
-    vllm = s.engine == "vllm"
-    engine = VLLMEngine(policy, tokenizer, s.engine_args, s.sleep) if vllm else TransformersEngine(policy, tokenizer)
+    if s.engine == "vllm":
+        engine = VLLMEngine(policy, tokenizer, vllm_options(policy, s.engine_args, s.sleep))
+    else:
+        engine = TransformersEngine(policy, tokenizer)
     if s.judge == "server":
         return engine, server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
     return engine, anchor_judge(engine)

@@ -9,12 +9,14 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
 import transformers
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TINY_MODEL = Path(__file__).resolve().parent / "models" / "tiny"
@@ -209,6 +211,25 @@ def load_base(name: str) -> tuple:
         if not torch.allclose(direct, model(input_ids=ids).logits, rtol=1e-3, atol=1e-3):
             raise InputError(f"{name!r} changes its logits after the output head, which grpo.py does not do: use another")
     return model, tokenizer
+
+
+def add_lora(base, rank: int, seed: int, checkpointing: bool = False):
+    """The policy: `base` with a trainable LoRA on every linear layer but the output head; B = 0, so pi_t starts as pi_0.
+
+    The adapter is float32 (peft casts it) over a base of any dtype: in bf16 an AdamW step of 1e-5 rounds to nothing.
+    No dropout: it would make the ratio pi_t / pi_old differ from 1 with equal weights. No bias: vLLM refuses it.
+
+    `checkpointing` keeps only each layer's input for the backward pass and computes the layer again there: far less
+    memory, for one more forward pass.
+    """
+    torch.manual_seed(seed)  # of A's random initial values
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+    )
+    if checkpointing:
+        for layer in base.get_decoder().layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return get_peft_model(base, config)
 
 
 def saved_policy(base, run: Path):

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 import runs
 from evaluate import compare, correct, describe, save_comparison
-from grpo import add_lora, advantages, sequence_kl, update
-from rewards import Rewards, boxed_answer, penalise_length
+from grpo import sequence_kl, update
+from rewards import Rewards, advantages, boxed_answer, penalise_length
 from rollout import EngineError, Rollout
 from rubrics import MAX_UNKNOWN, REWARDS, JudgeError, physician_scores
 from settings import check_aggregators, load_engine, parser_of, settle
 from synthesize import AGGREGATORS, Anchor
-from tasks import InputError, batch_of, load_base, load_questions, seed_of
+from tasks import InputError, add_lora, batch_of, load_base, load_questions, seed_of
 
 # Mean nats a token between engine and trainer above which a step warns. Rounding alone is far below: about 1e-6 in
 # float32 and 0.01 in bf16.
@@ -110,7 +110,7 @@ def explore_with_anchor(s: argparse.Namespace, where, batch: list, engine, sampl
     references, targets = AGGREGATORS[s.aggregator](batch, groups, anchor, boxed(s)), []
     for q, group, r in zip(batch, groups, references, strict=True):
         if r.ids and r.finish_reason == "stop" and not (boxed(s) and boxed_answer(r.text) is None):
-            targets.append((q.messages, Rollout(r.text, r.ids, [], r.finish_reason, group[0].prompt_ids)))
+            targets.append((q.messages, Rollout(r.text, r.ids, [0.0] * len(r.ids), r.finish_reason, group[0].prompt_ids)))
     return groups, references, targets
 
 

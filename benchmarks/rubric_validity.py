@@ -23,12 +23,11 @@ from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runs
-from grpo import add_lora
 from rollout import EngineError
 from rubrics import REWARDS, JudgeError
 from settings import EVALUATION, load_engine, parser_of, settle
 from synthesize import AGGREGATORS, Anchor
-from tasks import InputError, load_base, load_questions, seed_of
+from tasks import InputError, add_lora, load_base, load_questions, seed_of
 
 COEFFICIENTS = {"Pearson": stats.pearsonr, "Spearman": stats.spearmanr, "Kendall": stats.kendalltau}
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo import add_lora
 from rollout import TransformersEngine
-from tasks import load_base
+from tasks import add_lora, load_base
 
 
 def main() -> None:

@@ -8,9 +8,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they compare with float32 on the CPU,
 import pytest
 import torch
 
-from grpo import add_lora
 from rollout import TransformersEngine
-from tasks import TINY_MODEL, load_base
+from tasks import TINY_MODEL, add_lora, load_base
 
 
 @pytest.fixture

@@ -33,12 +33,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluate import correct
-from grpo import add_lora
 from rewards import boxed_answer, equal
 from rollout import TransformersEngine
 from runs import interval
 from synthesize import Anchor, majority, synthesis, synthesis_messages
-from tasks import TINY_MODEL, load_base, load_sums, sums_messages, sums_part
+from tasks import TINY_MODEL, add_lora, load_base, load_sums, sums_messages, sums_part
 
 PLACES = ("ones", "tens", "hundreds", "thousands")
 LAYERS, HIDDEN, HEADS, CONTEXT = 3, 128, 4, 2048

@@ -1,16 +1,19 @@
 """The GRPO step, rule by rule, against formulas in float64 that share no code with grpo.py."""
 
+import itertools
 import math
 import statistics
 from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import grpo
-from grpo import advantages, micro_batches, policy_loss, sequence_kl, token_logprobs, update
+from grpo import micro_batches, policy_loss, sequence_kl, token_logprobs, update
+from rewards import advantages
 from rollout import Rollout
-from tasks import TINY_MODEL, load_base
+from tasks import TINY_MODEL, add_lora, load_base
 
 PROMPTS = [[0, 10, 11, 12, 3, 1], [0, 10, 11, 3, 1], [0, 20, 21, 22, 23, 3, 1], [0, 10, 3, 1]]
 COMPLETIONS = [[30, 31, 3], [40, 41, 42, 43, 44, 3], [50, 3], [60, 61, 62, 63]]
@@ -100,8 +103,62 @@ def test_logits_exist_for_a_chunk_at_a_time(policy, monkeypatch):
     logprobs, _, _ = token_logprobs(model, PROMPTS, COMPLETIONS, temperature=1.0)
     logprobs.sum().backward()
     hook.remove()
-    assert sum(s[0] for s in seen) == 2 * 15  # 15 completion tokens, no prompt token: forward, and again backward
+    assert sum(s[0] for s in seen) == 15  # completion tokens, no prompt token; nothing is computed again going backward
     assert max(s[0] for s in seen) == 5
+
+
+# Two prompts of different lengths, with three completions and one; a third prompt with two.
+GROUPS = [PROMPTS[0]] * 3 + [PROMPTS[2]] + [PROMPTS[3]] * 2
+ANSWERS = [*COMPLETIONS[:3], [70, 71, 72], [80, 3], COMPLETIONS[1]]
+
+
+def gemma():
+    """A model of two layers, the first of which sees 4 tokens back; random weights."""
+    config = Gemma3TextConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, sliding_window=4, layer_types=["sliding_attention", "full_attention"], pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("load", [lambda: load_base(str(TINY_MODEL))[0], gemma])
+def test_completions_that_share_a_prompt_get_the_values_and_gradients_of_those_that_do_not(load, checkpointing):
+    base = load().double()
+    model = add_lora(base, 8, seed=0, checkpointing=checkpointing).double()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    weight = torch.linspace(-1, 1, 6, dtype=torch.double)
+
+    alone = []
+    for prompt, ids in zip(GROUPS, ANSWERS, strict=True):
+        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        alone.append(torch.log_softmax(logits, -1)[range(len(ids)), ids])
+        (alone[-1] * weight[: len(ids)]).sum().backward()
+    grad_alone = gradient(model)
+
+    model.zero_grad()
+    read = []
+    hook = (
+        base.get_decoder()
+        .layers[0]
+        .mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2].numel()))
+    )
+    logprobs, mask, _ = token_logprobs(model, GROUPS, ANSWERS, temperature=1.0)
+    assert sum(read) == 3 * 6 + 6 * 6  # three prompts of at most 7 tokens but the last; six tails of at most 1 + 6 - 1
+    (logprobs * weight * mask).sum().backward()
+    hook.remove()
+    for i, expected in enumerate(alone):
+        torch.testing.assert_close(logprobs[i, : len(expected)], expected, rtol=1e-6, atol=1e-6)
+    # Models compute their norms in float32 even here, so rounding is 1e-9 and more.
+    assert (gradient(model) - grad_alone).norm() / grad_alone.norm() < 1e-7
+    with torch.no_grad():
+        again, _, _ = token_logprobs(model, GROUPS, ANSWERS, temperature=1.0)
+    torch.testing.assert_close(again, logprobs.detach())
 
 
 # ------------------------------------------------------------------------------------------------- the loss
@@ -237,7 +294,7 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient():
     grads, calls = [], []
     for checkpointing in (False, True):
         base, _ = load_base(str(TINY_MODEL))
-        model = grpo.add_lora(base, 8, seed=0, checkpointing=checkpointing).double()
+        model = add_lora(base, 8, seed=0, checkpointing=checkpointing).double()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -368,7 +425,7 @@ def test_lora_trains_only_float32_adapters_and_starts_as_the_base(policy):
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         before = base(input_ids=ids).logits
-        model = grpo.add_lora(base, rank=8, seed=0)
+        model = add_lora(base, rank=8, seed=0)
         assert torch.equal(before, model(input_ids=ids).logits)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trainable
@@ -383,3 +440,18 @@ def test_micro_batches_hold_every_sequence_once_and_keep_the_budget(budget):
     cuts = list(micro_batches(lengths, budget))
     assert sorted(i for rows in cuts for i in rows) == list(range(8))
     assert all(len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= budget for rows in cuts)
+
+
+@pytest.mark.parametrize("budget", [1, 12, 20, 30, 100])
+def test_micro_batches_keep_completions_of_a_prompt_together_and_count_it_once(budget):
+    lengths, prompts = [3, 6, 2, 3, 2, 6, 6], [*GROUPS, PROMPTS[0]]
+    cuts = list(micro_batches(lengths, budget, prompts))
+    assert sorted(i for rows in cuts for i in rows) == list(range(7))
+    for rows in cuts:
+        distinct = {tuple(prompts[i]) for i in rows}
+        padded = len(distinct) * max(map(len, distinct)) + len(rows) * max(lengths[i] for i in rows)
+        assert len(rows) == 1 or padded <= budget
+    order = [tuple(prompts[i]) for rows in cuts for i in rows]
+    assert sum(a != b for a, b in itertools.pairwise(order)) == 2  # three prompts, each in one piece
+    if budget == 100:
+        assert len(cuts) == 1

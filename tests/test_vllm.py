@@ -17,11 +17,11 @@ pytest.importorskip("vllm", reason="vLLM is not installed (the README says how t
 
 import train
 from conftest import truncated
-from grpo import add_lora, token_logprobs
+from grpo import token_logprobs
 from rollout import TransformersEngine, VLLMEngine
-from settings import installed_engine
+from settings import installed_engine, vllm_options
 from synthesize import synthesis_messages
-from tasks import TINY_MODEL, InputError, load_base, load_sums
+from tasks import TINY_MODEL, InputError, add_lora, load_base, load_sums
 
 QUESTIONS = load_sums(None)[1]
 PROMPTS = [q.messages for q in QUESTIONS[:8]]
@@ -47,7 +47,7 @@ def engines():
     base, tokenizer = load_base(str(TINY_MODEL))
     model = add_lora(base, rank=16, seed=0)
     shift(model, 1)
-    return VLLMEngine(model, tokenizer, MEMORY, sleep=False), TransformersEngine(model, tokenizer)
+    return VLLMEngine(model, tokenizer, vllm_options(model, MEMORY)), TransformersEngine(model, tokenizer)
 
 
 @pytest.fixture(autouse=True)

