@@ -6,13 +6,14 @@ One prompt; G varies at T = --new-tokens, then T at G = --g. Seconds should grow
 the update's memory should stop growing once a micro-batch is full. The KV cache makes sampling's memory grow by design:
 all rollouts of a prompt run together.
 
-Peak memory is a high-water mark that nothing lowers again, so every point is a process of its own, and in it sampling
-and update are too. On a CPU that is the whole process, PyTorch and the weights included (`loaded` is what it was before);
-on a GPU, what PyTorch allocated. The update gets made-up rollouts, so that no sampling is needed before it.
+Peak memory is a high-water mark and an allocator keeps what it once had, so every point is two processes of its own, one
+that samples and one that updates, from made-up rollouts. On a CPU it is that of the whole process, PyTorch and the
+weights included; on a GPU, what PyTorch allocated. `loaded` is what it was just before, so the difference is the work's.
 """
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -68,8 +69,11 @@ def measure(s: argparse.Namespace) -> dict[str, float]:
 
     work(2, 8, random_ids(8))  # first calls are slow; and the optimizer's state is there from here on
     prompt, seconds = random_ids(s.prompt_tokens), []
+    # Loading takes more than the model does, for a moment, which would hide what less takes later.
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()  # what loading and warming up took; on a CPU there is no such reset
+        torch.cuda.reset_peak_memory_stats()
+    elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux: 5 resets the high-water mark, ru_maxrss with it
+        Path("/proc/self/clear_refs").write_text("5")
     loaded = peak_gib()
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(s.repeats if s.part == "update" else 1):
@@ -105,7 +109,7 @@ def draw(path: Path, points: list[dict], series: dict[str, list], a: float, b: f
     right.set(xlabel="tokens read, prompt + G × T", ylabel="peak memory, GiB")
     for axis in (left, right):
         axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # from 0, so that heights are in proportion
         axis.grid(alpha=0.3)
         axis.legend(fontsize=11)
     figure.suptitle(title, fontsize=13)
@@ -161,7 +165,8 @@ def main() -> None:
     b, a = np.polyfit(x, y, 1)
     line = a + b * x
     device = "GPU" if points[0]["update"]["cuda"] else "CPU"
-    title = f"{s.model}, {s.dtype}, {device}, prompt of {s.prompt_tokens} tokens, micro-batches of {s.micro_batch_tokens}"
+    name = s.model.rstrip("/").split("/")[-1]
+    title = f"{name}, {s.dtype}, {device}, prompt of {s.prompt_tokens} tokens, micro-batches of {s.micro_batch_tokens}"
     print(f"{title}, checkpointing {s.gradient_checkpointing}\n")
     print("               ------------------ update -----------------   ------ sampling -----")
     print("   G     T  tokens  seconds  us/token  off line  GiB (loaded)   seconds  GiB (loaded)")
@@ -177,7 +182,7 @@ def main() -> None:
     print(
         "A prompt is counted once; the update reads it once in each micro-batch. Sampling's memory holds all its KV cache."
     )
-    draw(s.plot, points, series, a, b, Path(title).name if "/" in s.model.split(",")[0] else title)
+    draw(s.plot, points, series, a, b, title)
     print(f"wrote {s.plot}")
 
 

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from grpo import update
 from rewards import advantages
 from rollout import TransformersEngine, VLLMEngine
+from settings import vllm_options
 from tasks import add_lora, load_base
 
 CHUNK = 256  # positions whose logits exist at a time: all at once can be slower, and does not fit for long completions
