@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicLayer
 
-LOGIT_CHUNK = 256  # completion tokens whose logits exist at a time: 256 x 152k x 4 bytes is 0.16 GB
+LOGIT_CHUNK = 128  # completion tokens whose logits exist at a time: 128 x 152k x 4 bytes is 78 MB
 
 
 def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,17 +23,20 @@ def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, t
     learning = torch.is_grad_enabled()
     state = hidden.detach().requires_grad_(learning)
     logits = head(state)  # (n, V)
-    # At least float32, whatever the base is in; and divided by T, because what was sampled at T is scored at T.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
-    logprobs = torch.log_softmax(logits, dim=-1)  # (n, V)
-    chosen = logprobs.gather(-1, targets[:, None])[:, 0]  # (n,)
-    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)  # (n,)
+    with torch.no_grad():
+        # At least float32, whatever the base is in; and divided by T, because what was sampled at T is scored at T.
+        scaled = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logprobs = torch.log_softmax(scaled, dim=-1)  # (n, V)
+        probs = torch.exp(logprobs, out=scaled)  # (n, V)
+        entropy = -torch.linalg.vecdot(probs, logprobs)  # (n,)
+        chosen = logprobs.gather(-1, targets[:, None])[:, 0]  # (n,)
     if learning:
-        # A log-probability depends on its own state alone, so all its derivatives are one row, and the rows of all n
-        # come from one backward pass, now. Nothing with V columns then waits for the loss, or is computed twice.
-        (rows,) = torch.autograd.grad(chosen.sum(), state)  # (n, H)
+        # A log-probability depends on its own state alone, so its derivatives are one row, (onehot - probs) / T through
+        # the head, and are taken now: nothing with V columns waits for the loss, or is computed twice.
+        slopes = probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(chosen)[:, None]) / temperature  # (n, V)
+        (rows,) = torch.autograd.grad(logits, state, slopes.to(logits.dtype))  # (n, H)
         zero = (hidden - state.detach()).to(chosen.dtype)  # (n, H), with the gradient of `hidden`
-        chosen = chosen.detach() + (zero * rows.to(chosen.dtype)).sum(-1)
+        chosen = chosen + (zero * rows.to(chosen.dtype)).sum(-1)
     return chosen, entropy
 
 

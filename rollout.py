@@ -113,7 +113,7 @@ class TransformersEngine(Engine):
         super().__init__(model, tokenizer, model.config.get_text_config().max_position_embeddings)
         self.batch_tokens = batch_tokens
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(
         self, prompts: Sequence[Messages], n: int, *, policy: bool = True, temperature: float = 1.0,
         max_new_tokens: int = 512, top_k: int = 0, top_p: float = 1.0, seed: int = 0, choices: Sequence[str] = (),

@@ -33,7 +33,7 @@ from rollout import TransformersEngine, VLLMEngine
 from settings import vllm_options
 from tasks import add_lora, load_base
 
-CHUNK = 256  # positions whose logits exist at a time: all at once can be slower, and does not fit for long completions
+CHUNK = 128  # positions whose logits exist at a time: all at once can be slower, and does not fit for long completions
 
 
 def timed(f) -> tuple[float, object]:
@@ -63,7 +63,7 @@ class Buffer(DynamicLayer):
         return self.used
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def bare_decoding(model, prompts: torch.Tensor, n: int, new_tokens: int, buffered: bool) -> None:
     base = model.get_base_model()  # its layers hold the LoRA; peft's wrapper around it would only cost time
     cache = DynamicCache(config=base.config)
