@@ -13,15 +13,16 @@ from copy import copy
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 LOGIT_CHUNK = 128  # completion tokens whose logits exist at a time: 128 x 152k x 4 bytes is 78 MB
+WORTH_SHARING = 0.2  # of a batch's tokens: reading prompts once costs a pass more, and attention kernels without a mask
 
 
 def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probabilities, entropies), (n,) each, of `targets` (n,) after states `hidden` (n, H)."""
-    learning = torch.is_grad_enabled()
-    state = hidden.detach().requires_grad_(learning)
+    needs_grad = torch.is_grad_enabled()
+    state = hidden.detach().requires_grad_(needs_grad)
     logits = head(state)  # (n, V)
     with torch.no_grad():
         # At least float32, whatever the base is in; and divided by T, because what was sampled at T is scored at T.
@@ -30,49 +31,50 @@ def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, t
         probs = torch.exp(logprobs, out=scaled)  # (n, V)
         entropy = -torch.linalg.vecdot(probs, logprobs)  # (n,)
         chosen = logprobs.gather(-1, targets[:, None])[:, 0]  # (n,)
-    if learning:
+    if needs_grad:
         # A log-probability depends on its own state alone, so its derivatives are one row, (onehot - probs) / T through
         # the head, and are taken now: nothing with V columns waits for the loss, or is computed twice.
         slopes = probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(chosen)[:, None]) / temperature  # (n, V)
-        (rows,) = torch.autograd.grad(logits, state, slopes.to(logits.dtype))  # (n, H)
+        (state_grad,) = torch.autograd.grad(logits, state, slopes.to(logits.dtype))  # (n, H)
         zero = (hidden - state.detach()).to(chosen.dtype)  # (n, H), with the gradient of `hidden`
-        chosen = chosen + (zero * rows.to(chosen.dtype)).sum(-1)
+        chosen = chosen + (zero * state_grad.to(chosen.dtype)).sum(-1)
     return chosen, entropy
 
 
-class _PromptLayer(DynamicLayer):
-    """One layer's keys and values of prompts, (D, heads, P, d): read first, then put before those of B completions.
+class _PrefixLayer(DynamicLayer):
+    """One layer's keys and values of prefixes, (D, heads, P, d): read first, then put before those of B suffixes.
 
-    Unlike its parent's, `update` does not add to what it keeps, so a layer can be computed again in the backward pass.
+    Unlike its parent's, `update` adds nothing to what it keeps, so a layer can be computed again in the backward pass.
     """
 
-    rows: torch.Tensor | None = None  # (B,), which prompt each completion follows; None where prompts are read
+    rows: torch.Tensor | None = None  # (B,), which prefix each suffix follows; None while prefixes are read
 
     def update(self, keys, values, *_):
         if self.rows is None:
-            self.keys, self.values, self.is_initialized = keys, values, True
+            if not self.is_initialized:  # what is computed again would keep the memory of its graph
+                self.keys, self.values, self.is_initialized = keys, values, True
             return keys, values
         before = self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)  # (B, heads, P, d) each
         return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 
 
-def _hidden_states(decoder, prompts: list[tuple], tails: list[list[int]]) -> torch.Tensor:
-    """Hidden states (B, W, H) of `tails`, each read after its prompt. Equal prompts are read ONCE for all their tails.
+def _hidden_states(decoder, prefixes: list[tuple], suffixes: list[list[int]]) -> torch.Tensor:
+    """Hidden states (B, W, H) of `suffixes`, each read after its prefix. Equal prefixes are read ONCE for all of them.
 
-    A prompt's keys and values then take gradients from all of these, and their sum is the gradient of the whole.
+    A prefix's keys and values then take gradients from all its suffixes, and their sum is the gradient of the whole.
     """
-    device, width = decoder.device, max(map(len, tails))
+    device, width = decoder.device, max(map(len, suffixes))
     # On the right, padding is seen by no real token, because attention is causal.
-    ids = torch.tensor([tail + [0] * (width - len(tail)) for tail in tails], device=device)  # (B, W)
-    if not any(prompts):
+    ids = torch.tensor([suffix + [0] * (width - len(suffix)) for suffix in suffixes], device=device)  # (B, W)
+    if not any(prefixes):
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
-    distinct, longest = list(dict.fromkeys(prompts)), max(map(len, prompts))
-    # On the left, because a sliding window counts columns, and tails follow in the next one.
+    distinct, longest = list(dict.fromkeys(prefixes)), max(map(len, prefixes))
+    # On the left, because a sliding window counts columns, and suffixes follow in the next one.
     padded = torch.tensor([[0] * (longest - len(p)) + list(p) for p in distinct], device=device)  # (D, P)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in distinct], device=device)  # (D, P)
-    cache = Cache(layer_class_to_replicate=_PromptLayer)
+    cache = Cache(layer_class_to_replicate=_PrefixLayer)
     decoder(input_ids=padded, attention_mask=mask, position_ids=mask.cumsum(1) - mask, past_key_values=cache)
-    rows = torch.tensor([distinct.index(p) for p in prompts], device=device)  # (B,)
+    rows = torch.tensor([distinct.index(p) for p in prefixes], device=device)  # (B,)
     shared = Cache(layers=[copy(layer) for layer in cache.layers])
     for layer in shared.layers:
         layer.rows = rows
@@ -91,20 +93,23 @@ def token_logprobs(model, prompts: Sequence[list[int]], completions: Sequence[li
     8 x 1024 tokens of a 152k vocabulary would be 5 GB of float32.
     """
     base, lengths = model.get_base_model(), [len(c) for c in completions]
-    # A prompt's last token is read with each completion, whose first token it predicts; its others are read once.
-    shared = len(set(map(tuple, prompts))) < len(prompts)
-    before = [tuple(p[:-1]) if shared else () for p in prompts]
-    tails = [p[len(b) :] + c[:-1] for p, b, c in zip(prompts, before, completions, strict=True)]
-    hidden = _hidden_states(base.get_decoder(), before, tails)  # (B, W, H)
-    # A state predicts the token after it, and the last ones of a tail are the |o_i| that predict its completion.
-    states = torch.cat([h[len(t) - n : len(t)] for h, t, n in zip(hidden, tails, lengths, strict=True)])  # (N, H)
-    targets = torch.tensor([i for c in completions for i in c], device=model.device)  # (N,)
+    kinds = {type(layer) for layer in DynamicCache(config=base.get_decoder().config).layers}
+    saved = sum(map(len, prompts)) - sum(map(len, set(map(tuple, prompts))))
+    total = sum(map(len, [*prompts, *completions]))
+    shared = saved > WORTH_SHARING * total and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    # A prompt's last token is read with each completion, whose first token it predicts; its others can be read once.
+    prefixes = [tuple(p[:-1]) if shared else () for p in prompts]
+    suffixes = [p[len(prefix) :] + c[:-1] for p, prefix, c in zip(prompts, prefixes, completions, strict=True)]
+    hidden = _hidden_states(base.get_decoder(), prefixes, suffixes)  # (B, W, H)
+    # A state predicts the token after it, and the last |o_i| of a suffix are those that predict the completion.
+    states = torch.cat([h[len(x) - n : len(x)] for h, x, n in zip(hidden, suffixes, lengths, strict=True)])  # (N, H)
+    targets = torch.tensor([i for c in completions for i in c], dtype=torch.long, device=model.device)  # (N,)
     chunks = [
         _chunk_logprobs(h, y, base.get_output_embeddings(), temperature)
         for h, y in zip(states.split(LOGIT_CHUNK), targets.split(LOGIT_CHUNK), strict=True)
     ]
-    flat = [torch.cat(parts) for parts in zip(*chunks, strict=True)]  # (N,) each
-    logprobs, entropy = (pad_sequence(values.split(lengths), batch_first=True) for values in flat)  # (B, T) each
+    flat = (torch.cat(parts).split(lengths) for parts in zip(*chunks, strict=True))
+    logprobs, entropy = (pad_sequence(values, batch_first=True) for values in flat)  # (B, T) each
     mask = pad_sequence([torch.ones(n, device=model.device) for n in lengths], batch_first=True)  # (B, T)
     return logprobs, mask, entropy
 
@@ -162,8 +167,8 @@ def policy_loss(
 def micro_batches(lengths: Sequence[int], token_budget: int, prompts: Sequence[list[int]] | None = None) -> Iterator[list]:
     """Indices of sequences of like length, in batches of at most `token_budget` tokens with padding (one at least).
 
-    With `prompts`, `lengths` are those of their completions. Completions of a prompt then stay together, because
-    token_logprobs reads it once for all of them.
+    With `prompts`, `lengths` are those of their completions. Completions of a prompt then stay together and it counts
+    once; token_logprobs may read it for each if that is at most WORTH_SHARING of all tokens.
 
     >>> list(micro_batches([5, 1, 4, 2], token_budget=8))
     [[1, 3], [2], [0]]
@@ -251,9 +256,8 @@ def update(
         for rows, old_logprobs in zip(cuts, old, strict=True):
             logprobs, mask, entropy = logprobs_of(rows)
             old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-            engine_logprobs = pad_sequence([torch.tensor(used[i].logprobs) for i in rows], batch_first=True).to(
-                mask
-            )  # (B, T)
+            engine_logprobs = [torch.tensor(used[i].logprobs, device=mask.device) for i in rows]
+            engine_logprobs = pad_sequence(engine_logprobs, batch_first=True)  # (B, T)
             weights, ref_logprobs = None, None
             if importance_cap is not None:
                 weights = torch.exp(old_logprobs - engine_logprobs).clamp(max=importance_cap)  # (B, T)
@@ -272,8 +276,7 @@ def update(
             for name, value in parts.items():
                 sums[name] += float(value)
             seen_tokens += int(mask.sum())
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)) if cuts else 0.0
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)) if cuts else 0.0
         sums["loss"] += loss_sum
         sums["grad_norm"] += grad_norm
         if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
@@ -289,9 +292,7 @@ def update(
         "loss": sums["loss"] / max(updates, 1),
         "grad_norm": sums["grad_norm"] / max(updates, 1),
         "kl": per_token("kl") if beta else None,
-        "entropy": per_token("entropy"),
-        "nll": per_token("nll"),
-        "clip_ratio": per_token("clip_ratio"),
+        **{name: per_token(name) for name in ("entropy", "nll", "clip_ratio")},
         "sampling/logp_difference_mean": per_token("difference"),
         "sampling/logp_difference_max": largest_difference if seen_tokens else None,
         "update/skipped": skipped,

@@ -4,7 +4,8 @@ Where an answer can be checked, the reward is 1 if the final \\boxed{} answer of
 reference s, else 0. The paper compares strings; we compare what the strings mean, because "1/2", "0.5" and
 "\\frac{1}{2}" are one answer, and a reward that calls them different teaches notation, not mathematics.
 
-Nothing here knows the true answer: `match` sees the rollouts and the reference, and that is all.
+The advantages that GRPO learns from are made of these rewards, at the end of this file. Nothing here knows the true
+answer: `match` sees the rollouts and the reference, and that is all.
 `python rewards.py` is the checker's child process (see `equal`); people never need to call it.
 """
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:  # only for the annotations: this file can be copied alone, an
 
 # ------------------------------------------------------------------------------------------------- the answer
 
-EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
 _TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # "\\." steps over \{ and \}, which do not nest
 
 
@@ -199,6 +199,9 @@ def _serve() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the reward
+
+
+EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
 
 
 @dataclass(frozen=True)

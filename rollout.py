@@ -84,7 +84,7 @@ class Engine:
         """From now on `policy=True` means the trainer's newest weights. Here there is one model, so nothing to do."""
 
 
-class _RoomyLayer(DynamicLayer):
+class _BufferLayer(DynamicLayer):
     """One layer's keys and values with room for `room` new tokens. DynamicLayer copies all of them for every token."""
 
     def __init__(self, room: int):
@@ -157,7 +157,7 @@ class TransformersEngine(Engine):
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)  # (B, width)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # (B, width)
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [_RoomyLayer(max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        cache.layers = [_BufferLayer(max_new_tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         # Each prompt is read ONCE; its keys and values are then shared out to its n rollouts. generate() with
         # num_return_sequences=n reads it n times.
         position = (mask.cumsum(-1) - 1).clamp(min=0)  # (B, width)
@@ -183,7 +183,7 @@ class TransformersEngine(Engine):
                 token = logprobs.argmax(-1, keepdim=True)  # (rows, 1)
             else:
                 # Where the cumulated probability passes one random number; torch.multinomial would draw V of them.
-                cumulated = logprobs.double().exp().cumsum(-1)  # (rows, V)
+                cumulated = logprobs.double().exp_().cumsum(-1)  # (rows, V)
                 drawn = torch.rand(len(rows), 1, generator=generator, dtype=torch.double, device=device)
                 token = torch.searchsorted(cumulated, drawn * cumulated[:, -1:], right=True)  # (rows, 1)
             chosen = logprobs.gather(-1, token)  # (rows, 1)

@@ -18,6 +18,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 TINY_MODEL = Path(__file__).resolve().parent / "models" / "tiny"
 
@@ -227,7 +228,7 @@ def add_lora(base, rank: int, seed: int, checkpointing: bool = False):
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
     if checkpointing:
-        for layer in base.get_decoder().layers:
+        for layer in (module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return get_peft_model(base, config)
 

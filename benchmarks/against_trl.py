@@ -8,8 +8,13 @@ each of the two (A B, A B, ...), which takes one step to warm up and then `--ste
 turn, because the machine's speed drifts. TRL is installed into a virtual environment of its own, beside the same torch,
 transformers and peft.
 
-Where the time of a step goes has no common cut: TRL runs the reference policy before the update and logs it as scoring,
-this project in the update. Compare sampling with sampling, and scoring + update with scoring + update.
+TRL runs the reference policy before its update, this project within it: compare the sums, "the rest". With --vllm TRL's
+sampling holds the transfer of weights to the engine, which this project does after the update, and TRL's rest one
+more pass for its importance weights. In bf16 TRL's LoRA computes in bf16 (autocast), this project's in float32.
+
+Two things decide the ratio on a CPU. Memory goes with the micro-batch: TRL's is the whole step unless --trl-args has
+'{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}', this project's is --micro-batch-tokens. And
+without a GPU TRL applies the output head to prompt tokens too; --trl-compact makes it leave them out, as it does on a GPU.
 """
 
 import argparse
@@ -50,7 +55,7 @@ def reward_of(ids: list[int]) -> float:
 
 
 def peak_gib() -> float:
-    """What is in use of the GPU after the last step, caches included; without a GPU, the process's peak of main memory."""
+    """What is in use of the GPU at the end, caches included; without a GPU, the process's peak of main memory."""
     import torch
 
     if torch.cuda.is_available():
@@ -89,7 +94,10 @@ def ours(s: argparse.Namespace) -> list[dict]:
         clock.append(time.perf_counter())
         rollouts = [o for group in groups for o in group]
         assert all(len(o.ids) == s.new_tokens and len(o.prompt_ids) == s.prompt_tokens for o in rollouts)
-        update(model, optimizer, rollouts, advantage.flatten(), beta=s.beta, token_budget=s.micro_batch_tokens)
+        update(
+            model, optimizer, rollouts, advantage.flatten(), beta=s.beta, token_budget=s.micro_batch_tokens,
+            importance_cap=2.0 if s.vllm else None,  # TRL weights what vLLM samples, too
+        )  # fmt: skip
         engine.sync()
         clock.append(time.perf_counter())
         steps.append([b - a for a, b in pairwise(clock)])
@@ -102,6 +110,10 @@ def trl(s: argparse.Namespace) -> list[dict]:
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    if s.trl_compact:
+        import trl.trainer.utils
+
+        trl.trainer.utils._use_triton = lambda device: True  # all that this decides there: the head skips masked positions
     tokenizer = AutoTokenizer.from_pretrained(s.model)
     rows = Dataset.from_list([{"prompt": text} for text in prompts_of(tokenizer, s.prompts, s.prompt_tokens)])
     spent, steps, lengths = {"generate": 0.0, "prepare": 0.0}, [], set()
@@ -190,6 +202,7 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="in both")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of this project")
     parser.add_argument("--trl-args", type=json.loads, default={}, help="JSON of more GRPOConfig fields, for TRL alone")
+    parser.add_argument("--trl-compact", action="store_true", help="TRL's output head skips prompts, as on a GPU")
     parser.add_argument("--vllm", action="store_true", help="both sample with vLLM (TRL: colocated)")
     parser.add_argument(
         "--engine-args", type=json.loads, default={}, help="JSON for vLLM, in both; like gpu_memory_utilization"
@@ -197,6 +210,7 @@ def main() -> None:
     parser.add_argument("--trl-venv", type=Path, default=ROOT / ".venv-trl", help="where TRL is, or will be installed")
     parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
     s = parser.parse_args()
+    s.engine_args = {"gpu_memory_utilization": 0.3} | s.engine_args if s.vllm else {}  # the two have other defaults
     if s.worker:
         steps = {"ours": ours, "trl": trl}[s.worker](s)[1:]  # the first warms up
         print(json.dumps({"steps": steps, "memory": peak_gib()}))
@@ -214,12 +228,13 @@ def main() -> None:
             step = statistics.median(map(sum, result["steps"]))
             turns[-1][name] = {"step": step, "memory": result["memory"]}
             turns[-1][name] |= dict(zip(("sampling", "scoring", "update"), parts, strict=True))
+            turns[-1][name]["rest"] = step - parts[0]
             print(f"turn {turn + 1} {name:5s}", *(f"{k} {v:.2f}" for k, v in turns[-1][name].items()), flush=True)
     tokens = s.prompts * s.n * s.new_tokens
     shape = f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}"
     print(f"\n{shape}; {s.dtype}; medians of {s.turns} turns")
     print("                        ours       TRL   ours / TRL, turn by turn")
-    for part, unit in (("step", "s"), ("sampling", "s"), ("scoring", "s"), ("update", "s"), ("memory", "GiB")):
+    for part, unit in (("step", "s"), ("sampling", "s"), ("rest", "s"), ("memory", "GiB")):
         a, b = ([turn[name][part] for turn in turns] for name in pythons)
         ratios = [x / y for x, y in zip(a, b, strict=True)]
         print(

@@ -78,14 +78,14 @@ def main() -> None:
     without = {
         "update: a prompt is read once for its completions": mock.patch.object(grpo, "_hidden_states", every_prompt_again),
         "update: the head's derivatives are taken at once": mock.patch.object(grpo, "_chunk_logprobs", chunk_computed_twice),
-        "sampling: room for keys and values": mock.patch.object(rollout, "_RoomyLayer", lambda _: DynamicLayer()),  # noqa: PT008
-        # What is drawn here has another distribution; the work is that of the right one.
-        "sampling: one random number a token": mock.patch.object(
-            torch,
-            "searchsorted",
-            lambda weights, *_, **__: torch.multinomial(weights, 1),
-        ),
+        "sampling: room for keys and values": mock.patch.object(rollout, "_BufferLayer", lambda _: DynamicLayer()),  # noqa: PT008
     }
+    logprobs = torch.log_softmax(torch.randn(s.prompts * s.n, base.get_input_embeddings().num_embeddings), dim=-1)
+
+    def draw():  # as rollout.py does
+        cumulated = logprobs.double().exp_().cumsum(-1)
+        torch.searchsorted(cumulated, torch.rand(len(logprobs), 1, dtype=torch.double) * cumulated[:, -1:], right=True)
+
     silent = s.prompts // 2 * s.n
     ratios: dict[str, list[float]] = {}
 
@@ -101,6 +101,8 @@ def main() -> None:
             now = seconds(work)
             with before:
                 measured[name] = seconds(work) / now
+        name = "sampling, the draw alone: one random number a token"
+        measured[name] = seconds(lambda: torch.multinomial(logprobs.exp(), 1)) / seconds(draw)
         if silent:
             name = f"update, beta 0: groups that agree are left out ({s.prompts // 2} of {s.prompts})"
             measured[name] = seconds(lambda: update(0.0)) / seconds(lambda: update(0.0, silent))

@@ -205,11 +205,12 @@ def main() -> None:
     print(f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}")
     print(f"limits: {fastest}; an update that reads {sum(ids.numel() for ids, *_ in batches)} tokens")
     print(f"seconds, medians of {s.turns} turns (and their ranges)\n")
-    print(f"{'':9s} {'this project':26s} {'limit':26s} limit / this project")
+    print(f"{'':9s} {'this project':26s} {'limit':26s} {'limit / this project':26s} of the fastest turns")
     for name, a, b in zip(("sampling", "update", "step"), ours, least, strict=True):
         share = [y / x for x, y in zip(a, b, strict=True)]
         cells = [f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in (a, b, share)]
-        print(f"{name:9s} {cells[0]:26s} {cells[1]:26s} {cells[2]}")
+        # Other work on the machine can only add to a time, so the fastest turns are the cleanest.
+        print(f"{name:9s} {cells[0]:26s} {cells[1]:26s} {cells[2]:26s} {min(b) / min(a):.3f}")
     print(f"rest      {statistics.median(seconds['rest']):.3f}, of the step: rewards, advantages, engine.sync")
 
 
