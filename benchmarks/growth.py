@@ -109,9 +109,9 @@ def draw(path: Path, points: list[dict], series: dict[str, list], a: float, b: f
     right.set(xlabel="tokens read, prompt + G × T", ylabel="peak memory, GiB")
     for axis in (left, right):
         axis.set_xlim(left=0)
-        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])  # from 0, so that heights are in proportion
+        axis.set_ylim(0, 1.5 * axis.get_ylim()[1])  # from 0, so that heights are in proportion; room for the legend
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=11)
+        axis.legend(fontsize=11, loc="upper left")
     figure.suptitle(title, fontsize=13)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
