@@ -36,7 +36,7 @@ def _chunk_logprobs(hidden, targets, head, temperature) -> tuple[torch.Tensor, t
         # the head, and are taken now: nothing with V columns waits for the loss, or is computed twice.
         slopes = probs.neg_().scatter_add_(1, targets[:, None], torch.ones_like(chosen)[:, None]) / temperature  # (n, V)
         (state_grad,) = torch.autograd.grad(logits, state, slopes.to(logits.dtype))  # (n, H)
-        zero = (hidden - state.detach()).to(chosen.dtype)  # (n, H), with the gradient of `hidden`
+        zero = (hidden - state.detach()).to(chosen.dtype)  # (n, H); adds nothing to the value, state_grad to the gradient
         chosen = chosen + (zero * state_grad.to(chosen.dtype)).sum(-1)
     return chosen, entropy
 

@@ -201,9 +201,6 @@ def _serve() -> None:
 # ------------------------------------------------------------------------------------------------- the reward
 
 
-EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
-
-
 @dataclass(frozen=True)
 class Rewards:
     """R(o_i; s) for a step. `values`: (Q, G) float32, NaN where no reward can be given: then the whole group teaches
@@ -246,6 +243,9 @@ def penalise_length(rewards: Rewards, groups: Sequence[Sequence[Rollout]], limit
     """R - 1 for rollouts above `limit` tokens: rubrics reward every further fact, so answers grow (paper, HealthBench)."""
     if limit is not None:
         rewards.values.sub_(torch.tensor([[float(len(o.ids) > limit) for o in group] for group in groups]))
+
+
+EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
 
 
 def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:

@@ -140,7 +140,7 @@ def parser_of(description: str, only: set[str] | None = None) -> argparse.Argume
     flag("updates-per-step", "optimizer steps on each batch of rollouts", type=count)
     flag("mask-truncated", "leave rollouts that were cut off out of the loss; default: they count", action="store_true")
     flag("micro-batch-tokens", "tokens per forward and backward pass: memory, not results", type=count)
-    flag("gradient-checkpointing", "recompute each layer in the backward pass: a third more work there, far less memory",
+    flag("gradient-checkpointing", "recompute each layer in the backward pass: one more forward pass, far less memory",
          action=argparse.BooleanOptionalAction)  # fmt: skip
     flag("importance-cap", "C: a token's gradient is weighted by min(C, trainer's / engine's probability); 0: no weights",
          type=number(float, 0, "a number from 0 up"))  # fmt: skip

@@ -64,7 +64,8 @@ def peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def ours(s: argparse.Namespace) -> list[dict]:
+def ours(s: argparse.Namespace) -> list[list[float]]:
+    """Seconds of [sampling, scoring, update] of each step, the first included."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -104,7 +105,8 @@ def ours(s: argparse.Namespace) -> list[dict]:
     return steps
 
 
-def trl(s: argparse.Namespace) -> list[dict]:
+def trl(s: argparse.Namespace) -> list[list[float]]:
+    """As `ours`."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoTokenizer, TrainerCallback
@@ -165,6 +167,14 @@ def trl(s: argparse.Namespace) -> list[dict]:
     return steps
 
 
+def shape_flags(parser: argparse.ArgumentParser) -> None:
+    """The work of one step, the same by default in every benchmark of a step."""
+    parser.add_argument("--prompts", type=int, default=2, help="different prompts a step")
+    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of each")
+    parser.add_argument("--n", type=int, default=8, help="rollouts a prompt, G")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout")
+
+
 def environment(folder: Path) -> Path:
     """The python of a virtual environment with TRL and with the versions that are installed here, made if need be."""
     from importlib.metadata import PackageNotFoundError, version
@@ -190,10 +200,7 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", required=True, help="a folder or a Hugging Face id")
-    parser.add_argument("--prompts", type=int, default=2, help="different prompts a step")
-    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of each")
-    parser.add_argument("--n", type=int, default=8, help="rollouts a prompt, G")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout")
+    shape_flags(parser)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
     parser.add_argument("--beta", type=float, default=1e-3, help="coefficient of the KL")
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")

@@ -14,7 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from against_trl import prompts_of, reward_of
+from against_trl import prompts_of, reward_of, shape_flags
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 
@@ -49,10 +49,7 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", required=True, help="tiny, a folder or a Hugging Face id")
-    parser.add_argument("--prompts", type=int, default=2, help="different prompts a step")
-    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of each")
-    parser.add_argument("--n", type=int, default=8, help="rollouts a prompt, G")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout")
+    shape_flags(parser)
     parser.add_argument("--turns", type=int, default=3, help="turns that count, after one that warms up")
     s = parser.parse_args()
     base, tokenizer = load_base(s.model)

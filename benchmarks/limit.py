@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from against_trl import LORA, prompts_of, reward_of
+from against_trl import LORA, prompts_of, reward_of, shape_flags
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -124,10 +124,7 @@ def arguments() -> argparse.Namespace:
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=defaults)
     parser.add_argument("--model", required=True, help="tiny, a folder or a Hugging Face id")
-    parser.add_argument("--prompts", type=int, default=2, help="different prompts a step")
-    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of each")
-    parser.add_argument("--n", type=int, default=8, help="rollouts a prompt, G")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout")
+    shape_flags(parser)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
     parser.add_argument("--turns", type=int, default=5, help="turns that count, after one that warms up")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of the update and of its limit")
