@@ -24,9 +24,9 @@ import runs
 from rewards import Rewards, boxed_answer, equal
 from rollout import EngineError, Rollout
 from rubrics import JudgeError, physician_scores
-from settings import EVALUATION, check_aggregators, load_engine, parser_of, settle
-from synthesize import AGGREGATORS, Anchor, Reference, answer_classes, majority, style, texts
-from tasks import InputError, Question, add_lora, load_base, load_questions, saved_policy, seed_of
+from settings import EVALUATION, load_engine, parser_of, saved_policy, settle
+from synthesize import AGGREGATORS, Anchor, Reference, answer_classes, check_aggregators, majority, style, texts
+from tasks import RANK, InputError, Question, RankError, add_lora, load_base, load_questions, seed_of
 
 # ------------------------------------------------------------------------------------------------- scores
 
@@ -205,10 +205,9 @@ def plot(path: Path, measured: Sequence[dict]) -> None:
     axes[2].axhline(0, color="grey", lw=0.7)
     titles = {"mean by cost": "generations per answer", "mean by G": "G", "synthesis minus majority, paired": "G"}
     for axis, (title, x) in zip(axes, titles.items(), strict=True):
-        axis.set_title(f"{title}, 95% intervals")
         ticks = sorted({1, *(m["generations" if axis is axes[0] else "size"] for m in at_inference.values())})
         axis.set_xscale("log", base=2)
-        axis.set(xlabel=x, xticks=ticks, xticklabels=ticks)
+        axis.set(title=f"{title}, 95% intervals", xlabel=x, xticks=ticks, xticklabels=ticks)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")
 
@@ -254,11 +253,13 @@ def evaluate(given: dict) -> None:
     policy = saved_policy(base, adapter) if adapter else add_lora(base, s.lora_rank, s.seed)
     engine, judge = load_engine(s, policy, tokenizer, out.parent)  # verdicts are paid for once, also by a second try
     check_aggregators(s, engine, questions, names)
-    runs.create(out, settings | {"evaluation": True})
+    if RANK == 0:
+        runs.create(out, settings | {"evaluation": True})
     print(f"{len(questions)} questions, {s.group_size} rollouts each, in parts of {sizes}", flush=True)
     results = compare(s, questions, engine, judge, names, sizes, trained=adapter is not None)
     trained = {"adapter": str(adapter), "trained": runs.saved_settings(adapter)} if adapter else {}
-    save_comparison(out, settings, results | trained, started)
+    if RANK == 0:
+        save_comparison(out, settings, results | trained, started)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:  # OSError: --plot names a folder that is not there, say
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
-    except (EngineError, JudgeError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (EngineError, JudgeError, RankError, FloatingPointError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print(f"evaluate.py: stopped: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130 if isinstance(error, KeyboardInterrupt) else 1
     return 0

@@ -15,6 +15,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tasks import RANK, WORLD, gather
+
 LOGIT_CHUNK = 128  # completion tokens whose logits exist at a time: 128 x 152k x 4 bytes is 78 MB
 WORTH_SHARING = 0.2  # of a batch's tokens: reading prompts once costs a pass more, and attention kernels without a mask
 
@@ -193,13 +195,13 @@ def micro_batches(lengths: Sequence[int], token_budget: int, prompts: Sequence[l
 def sequence_kl(model, rollouts: Sequence, *, temperature: float, token_budget: int) -> torch.Tensor:
     """sum_t log pi_t - log pi_0 of each rollout, (len(rollouts),): an estimate of its KL in nats, for --kl reward."""
     kl = torch.zeros(len(rollouts))
-    for rows in micro_batches([len(o.ids) for o in rollouts], token_budget, [o.prompt_ids for o in rollouts]):
-        prompts, completions = [rollouts[i].prompt_ids for i in rows], [rollouts[i].ids for i in rows]
-        logprobs, _, _ = token_logprobs(model, prompts, completions, temperature=temperature)
+    cuts = list(micro_batches([len(o.ids) for o in rollouts], token_budget, [o.prompt_ids for o in rollouts]))
+    for rows in cuts[RANK::WORLD]:
+        texts = [rollouts[i].prompt_ids for i in rows], [rollouts[i].ids for i in rows]
         with model.disable_adapter():
-            ref_logprobs, _, _ = token_logprobs(model, prompts, completions, temperature=temperature)
-        kl[rows] = (logprobs - ref_logprobs).sum(dim=1).cpu()
-    return kl
+            ref_logprobs, _, _ = token_logprobs(model, *texts, temperature=temperature)
+        kl[rows] = (token_logprobs(model, *texts, temperature=temperature)[0] - ref_logprobs).sum(dim=1).cpu()
+    return sum(gather(kl))
 
 
 def update(
@@ -228,6 +230,9 @@ def update(
     `importance_cap` C weights each token's surrogate by min(C, pi_old / pi_engine), truncated importance sampling: an
     engine with other kernels samples from a slightly other policy than the one whose gradient is taken. None: no weights.
 
+    Several ranks are given the same batch, and each takes its share of the micro-batches. Their gradients add up like those
+    of micro-batches, because the denominators are of the whole step: N ranks take the step that one would.
+
     A loss or gradient that is not finite leaves weights and optimizer as they were and is reported in `update/skipped`.
     """
     kept = [i for i, o in enumerate(rollouts) if not (mask_truncated and o.finish_reason == "length")]
@@ -235,6 +240,7 @@ def update(
     used = [rollouts[i] for i in kept if beta or advantage[i] != 0]
     used_advantage = advantage[[i for i in kept if beta or advantage[i] != 0]].to(model.device)
     cuts = list(micro_batches([len(o.ids) for o in used], token_budget, [o.prompt_ids for o in used]))
+    mine, trained = cuts[RANK::WORLD], [p for p in model.parameters() if p.requires_grad]
 
     def logprobs_of(rows):
         prompts, completions = [used[i].prompt_ids for i in rows], [used[i].ids for i in rows]
@@ -242,58 +248,52 @@ def update(
 
     # With one update, pi_old IS pi_t and exp(logprobs - logprobs.detach()) is 1 with the right gradient. With
     # several, pi_old's numbers are the trainer's own: an engine's differ by its kernels, and a ratio would not start at 1.
-    old: list[torch.Tensor | None] = [None] * len(cuts)
-    if updates > 1:
-        with torch.no_grad():
-            old = [logprobs_of(rows)[0] for rows in cuts]
+    with torch.no_grad():
+        old = [logprobs_of(rows)[0] if updates > 1 else None for rows in mine]
 
-    sums = dict.fromkeys(("loss", "grad_norm", "kl", "clip_ratio", "entropy", "nll", "difference"), 0.0)
-    largest_difference, seen_tokens, skipped = 0.0, 0, 0
+    sums = dict.fromkeys(("tokens", "kl", "clip_ratio", "entropy", "nll", "sampling/logp_difference_mean"), 0.0)
+    losses, norms, largest_difference, skipped = [], [], 0.0, 0
     model.eval()  # no dropout anywhere in the base either; gradients flow all the same
-    for _ in range(updates):
-        optimizer.zero_grad(set_to_none=True)
+    for _ in range(updates if cuts else 0):
+        for p in trained:
+            p.grad = torch.zeros_like(p)  # also on a rank without micro-batches
         loss_sum = 0.0
-        for rows, old_logprobs in zip(cuts, old, strict=True):
+        for rows, old_logprobs in zip(mine, old, strict=True):
             logprobs, mask, entropy = logprobs_of(rows)
             old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-            engine_logprobs = [torch.tensor(used[i].logprobs, device=mask.device) for i in rows]
-            engine_logprobs = pad_sequence(engine_logprobs, batch_first=True)  # (B, T)
-            weights, ref_logprobs = None, None
-            if importance_cap is not None:
-                weights = torch.exp(old_logprobs - engine_logprobs).clamp(max=importance_cap)  # (B, T)
-            if beta:
-                with torch.no_grad(), model.disable_adapter():
-                    ref_logprobs = logprobs_of(rows)[0]
+            engine_logprobs = pad_sequence([torch.tensor(used[i].logprobs) for i in rows], batch_first=True)  # (B, T)
+            difference = old_logprobs - engine_logprobs.to(mask)  # (B, T); 0 where the mask is
+            weights = None if importance_cap is None else difference.exp().clamp(max=importance_cap)  # (B, T)
+            with torch.no_grad(), model.disable_adapter():
+                ref_logprobs = logprobs_of(rows)[0] if beta else None
             loss, parts = policy_loss(
                 logprobs, old_logprobs, ref_logprobs, used_advantage[rows], mask, clip=clip, beta=beta, form=form,
                 total_tokens=total_tokens, total_rollouts=total_rollouts, weights=weights,
             )  # fmt: skip
             loss.backward()  # gradients of the micro-batches add up
             loss_sum += float(loss.detach())
-            difference = (old_logprobs - engine_logprobs).abs() * mask
-            largest_difference = max(largest_difference, float(difference.max()))
-            parts |= {"entropy": entropy.sum(), "nll": -(logprobs.detach() * mask).sum(), "difference": difference.sum()}
-            for name, value in parts.items():
+            largest_difference = max(largest_difference, float(difference.abs().max()))
+            parts |= {"tokens": mask.sum(), "entropy": entropy.sum(), "nll": -(logprobs.detach() * mask).sum()}
+            for name, value in (parts | {"sampling/logp_difference_mean": difference.abs().sum()}).items():
                 sums[name] += float(value)
-            seen_tokens += int(mask.sum())
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)) if cuts else 0.0
-        sums["loss"] += loss_sum
-        sums["grad_norm"] += grad_norm
-        if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-            skipped += 1
-        elif cuts:
+        losses.append(sum(gather(loss_sum)))
+        if WORLD > 1:  # and so do those of the ranks; through the CPU, as tasks.join says
+            grads = [p.grad for p in trained]
+            flat = torch.nn.utils.parameters_to_vector(grads).cpu()
+            torch.distributed.all_reduce(flat)
+            torch.nn.utils.vector_to_parameters(flat.to(model.device), grads)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)))
+        if math.isfinite(losses[-1]) and math.isfinite(norms[-1]):
             optimizer.step()
+        else:
+            skipped += 1
     optimizer.zero_grad(set_to_none=True)  # the gradients' memory is the sampler's until the next update
-
-    def per_token(name: str) -> float | None:  # None, not 0, for what no token was there to measure
-        return sums[name] / seen_tokens if seen_tokens else None
-
-    return {
-        "loss": sums["loss"] / max(updates, 1),
-        "grad_norm": sums["grad_norm"] / max(updates, 1),
-        "kl": per_token("kl") if beta else None,
-        **{name: per_token(name) for name in ("entropy", "nll", "clip_ratio")},
-        "sampling/logp_difference_mean": per_token("difference"),
-        "sampling/logp_difference_max": largest_difference if seen_tokens else None,
+    everyone = gather((sums, largest_difference))
+    sums = {name: sum(part[name] for part, _ in everyone) for name in sums}
+    tokens = sums.pop("tokens")  # None, not 0, for what no token was there to measure
+    return {name: value / tokens if tokens and (beta or name != "kl") else None for name, value in sums.items()} | {
+        "loss": sum(losses) / max(updates, 1),
+        "grad_norm": sum(norms) / max(updates, 1),
+        "sampling/logp_difference_max": max(largest for _, largest in everyone) if tokens else None,
         "update/skipped": skipped,
     }

@@ -23,7 +23,7 @@ from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, To
 from transformers.cache_utils import DynamicLayer
 
 from grpo import micro_batches, token_logprobs
-from tasks import InputError, one_line
+from tasks import RANK, WORLD, InputError, gather, one_line
 
 NOT_FINITE = "the model's logits are not finite: lower --lr, or raise --beta"
 Messages = Sequence[dict[str, str]]  # a chat: [{"role": "user", "content": "..."}, ...]
@@ -60,16 +60,39 @@ class Engine:
             list(messages), add_generation_prompt=True, tokenize=True, return_dict=False, enable_thinking=False
         )
 
-    def encode_all(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[list[int]]:
-        """Token ids of each prompt. Raises InputError if one of them and its completion would not fit the context."""
-        encoded = [self.encode(messages) for messages in prompts]
-        longest = max(map(len, encoded), default=0)
+    def sample(
+        self, prompts: Sequence[Messages], n: int, *, policy: bool = True, temperature: float = 1.0,
+        max_new_tokens: int = 512, top_k: int = 0, top_p: float = 1.0, seed: int = 0, choices: Sequence[str] = (),
+    ) -> list[list[Rollout]]:  # fmt: skip
+        """`n` rollouts for each of `prompts`: result[q][i] is the i-th of prompts[q], whatever order they ran in.
+
+        `policy=False` samples from the anchor pi_0. `temperature` 0 is greedy. `top_k` (0: off) and `top_p` are for
+        evaluation alone: truncated samples come from another distribution than the one whose gradient is taken.
+        `choices` are the only texts that are allowed, if there are any. Of several ranks each samples its share of the
+        prompts, with a seed of its own, and all get all rollouts.
+
+        Raises InputError if a prompt and `max_new_tokens` do not fit the model's context, and FloatingPointError if the
+        logits are not finite.
+        """
+        ids = [self.encode(messages) for messages in prompts]
+        longest = max(map(len, ids), default=0)
         if longest + max_new_tokens > self.context:
             raise InputError(
                 f"a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the context of {self.context} "
                 f"tokens: lower --max-new-tokens or --group-size (the anchor reads all rollouts at once)"
             )
-        return encoded
+        share = self._sample(ids[RANK::WORLD], n, policy, temperature, max_new_tokens, top_k, top_p, seed + RANK, choices)
+        return self._of_all_ranks(share)
+
+    def score(self, prompts: Sequence[Messages], completions: Sequence[list[int]], *, policy: bool = True) -> list:
+        """Log-probabilities (nats, temperature 1) of each token of completions[i] after prompts[i], (|o_i|,) each."""
+        share = self._score([self.encode(q) for q in prompts[RANK::WORLD]], completions[RANK::WORLD], policy)
+        return self._of_all_ranks(share)
+
+    def _of_all_ranks(self, share: list) -> list:
+        """One list again of what was dealt out to the ranks: the first of each, then the second of each, ..."""
+        shares = gather(share)
+        return [shares[i % WORLD][i // WORLD] for i in range(sum(map(len, shares)))]
 
     def rollout(self, ids: list[int], logprobs: list[float], prompt_ids: list[int]) -> Rollout:
         if any(map(math.isnan, logprobs)):
@@ -114,38 +137,24 @@ class TransformersEngine(Engine):
         self.batch_tokens = batch_tokens
 
     @torch.inference_mode()
-    def sample(
-        self, prompts: Sequence[Messages], n: int, *, policy: bool = True, temperature: float = 1.0,
-        max_new_tokens: int = 512, top_k: int = 0, top_p: float = 1.0, seed: int = 0, choices: Sequence[str] = (),
-    ) -> list[list[Rollout]]:  # fmt: skip
-        """`n` rollouts for each of `prompts`: result[q][i] is the i-th of prompts[q], whatever order they ran in.
-
-        `policy=False` samples from the anchor pi_0. `temperature` 0 is greedy. `top_k` (0: off) and `top_p` are for
-        evaluation alone: truncated samples come from another distribution than the one whose gradient is taken. The
-        result is a function of the arguments and the weights: all randomness is a generator seeded with `seed`.
-        `choices` are the only texts that are allowed, if there are any.
-
-        Raises InputError if a prompt and `max_new_tokens` do not fit the model's context, and FloatingPointError if the
-        logits are not finite.
-        """
-        encoded = self.encode_all(prompts, max_new_tokens)
+    def _sample(self, encoded, n, policy, temperature, max_new_tokens, top_k, top_p, seed, choices) -> list[list[Rollout]]:
+        """The result is a function of the arguments and the weights: all randomness is a generator seeded with `seed`."""
         truncate = LogitsProcessorList([TopKLogitsWarper(top_k)] if top_k else [])
         truncate += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         allowed = [self.tokenizer.encode(text, add_special_tokens=False) for text in choices]
         generator = torch.Generator(self.model.device).manual_seed(seed)
-        results: list[list[Rollout]] = [[] for _ in prompts]
+        results: list[list[Rollout]] = [[] for _ in encoded]
         self.model.eval()
         with nullcontext() if policy else self.model.disable_adapter():
             # Prompts of like length run together: short ones are not padded to the longest of the whole batch.
-            pending = sorted(range(len(prompts)), key=lambda q: len(encoded[q]))
+            pending = sorted(range(len(encoded)), key=lambda q: len(encoded[q]))
             while pending:
                 width = len(encoded[pending[-1]]) + max_new_tokens
                 count = max(1, self.batch_tokens // (n * width))
                 pending, batch = pending[:-count], pending[-count:]  # the longest first: too large fails at once
                 todo = [encoded[q] for q in batch]
                 rows = self._generate(todo, n, temperature, truncate, allowed, max_new_tokens, generator)
-                for row, (ids, logprobs) in enumerate(rows):
-                    q = batch[row // n]
+                for q, (ids, logprobs) in zip((q for q in batch for _ in range(n)), rows, strict=True):
                     results[q].append(self.rollout(ids, logprobs, encoded[q]))
         return results
 
@@ -203,9 +212,8 @@ class TransformersEngine(Engine):
         return completions
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[Messages], completions: Sequence[list[int]], *, policy: bool = True) -> list:
-        """Log-probabilities (nats, temperature 1) of each token of completions[i] after prompts[i], (|o_i|,) each."""
-        scores, encoded = [[] for _ in prompts], [self.encode(messages) for messages in prompts]
+    def _score(self, encoded, completions, policy) -> list[list[float]]:
+        scores = [[] for _ in encoded]
         with nullcontext() if policy else self.model.disable_adapter():
             for rows in micro_batches([len(o) for o in completions], self.batch_tokens // 8, encoded):
                 batch = [encoded[i] for i in rows], [completions[i] for i in rows]
@@ -264,36 +272,28 @@ class VLLMEngine(Engine):
 
     def _generate(self, prompts: list[list[int]], policy: bool, **params) -> list:
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
-        adapter = self.adapter if policy else None
         with self._failures_named():
             params = self.vllm.SamplingParams(**params, detokenize=False)
-            return self.llm.generate(inputs, params, lora_request=adapter, use_tqdm=False)
+            return self.llm.generate(inputs, params, lora_request=self.adapter if policy else None, use_tqdm=False)
 
-    def sample(
-        self, prompts, n, *, policy=True, temperature=1.0, max_new_tokens=512, top_k=0, top_p=1.0, seed=0, choices=()
-    ) -> list[list[Rollout]]:
-        """As TransformersEngine.sample. The order in which vLLM batches requests moves results by rounding."""
-        encoded = self.encode_all(prompts, max_new_tokens)
-        set_seed(seed % 2**32)  # vLLM draws from the global generators; a seed for each request would be slow
+    def _sample(self, encoded, n, policy, temperature, max_new_tokens, top_k, top_p, seed, choices) -> list[list[Rollout]]:
+        self.llm.collective_rpc(lambda _: set_seed(seed % 2**32))  # vLLM draws from its workers' global generators
         only = self.vllm.sampling_params.StructuredOutputsParams(choice=list(choices)) if choices else None
-        greedy = temperature == 0  # n equal answers, for which vLLM wants to be asked once
+        copies = n if temperature == 0 else 1  # of a greedy answer: vLLM wants to be asked for it once
         outputs = self._generate(
-            encoded, policy, n=1 if greedy else n, temperature=temperature, top_k=top_k, top_p=top_p,
+            encoded, policy, n=n // copies, temperature=temperature, top_k=top_k, top_p=top_p,
             max_tokens=max_new_tokens, stop_token_ids=self.stop_ids, logprobs=0, structured_outputs=only,
         )  # fmt: skip
         return [
-            [
-                self.rollout(list(o.token_ids), [at[i].logprob for i, at in zip(o.token_ids, o.logprobs, strict=True)], ids)
-                for o in output.outputs * (n if greedy else 1)
-            ]
+            [self.rollout([*o.token_ids], self._chosen(o.token_ids, o.logprobs), ids) for o in output.outputs * copies]
             for ids, output in zip(encoded, outputs, strict=True)
         ]
 
-    def score(self, prompts, completions, *, policy=True) -> list[list[float]]:
-        """As TransformersEngine.score; vLLM gives log-probabilities of a prompt, so the completion is made part of it."""
-        pairs = list(zip(map(self.encode, prompts), completions, strict=True))
+    def _score(self, encoded, completions, policy) -> list[list[float]]:
+        """vLLM gives log-probabilities of a prompt, so the completion is made part of it."""
+        pairs = list(zip(encoded, completions, strict=True))
         outputs = self._generate([q + o for q, o in pairs], policy, max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        return [
-            [at[i].logprob for i, at in zip(o, output.prompt_logprobs[len(q) :], strict=True)]
-            for (q, o), output in zip(pairs, outputs, strict=True)
-        ]
+        return [self._chosen(o, output.prompt_logprobs[len(q) :]) for (q, o), output in zip(pairs, outputs, strict=True)]
+
+    def _chosen(self, ids, tables) -> list[float]:
+        return [table[i].logprob for i, table in zip(ids, tables, strict=True)]

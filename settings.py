@@ -1,4 +1,4 @@
-"""The command line: every flag with its help, what it defaults to, and what a resumed run may still change.
+"""The command line: every flag with its help, what it defaults to, and the ranks and engines that it asks for.
 
 A setting comes from the command line, else from the task (tasks.TASKS), else from DEFAULTS; `settle` puts them together.
 """
@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 import runs
 from rollout import TransformersEngine, VLLMEngine
 from rubrics import REWARDS, anchor_judge, server_judge
-from synthesize import AGGREGATORS, CUT, best_messages, synthesis_messages
-from tasks import TASKS, InputError, one_line
+from synthesize import AGGREGATORS
+from tasks import RANK, TASKS, WORLD, InputError, gather, one_line
 
 # What no task changes. A task's own defaults are in tasks.TASKS; what the command line says goes before both.
 DEFAULTS = {
@@ -181,12 +182,30 @@ def check(settings: dict) -> None:
         raise InputError("vLLM is not installed: pip install -r requirements-gpu.txt, or take --engine transformers")
     if settings["engine"] == "transformers" and (settings["engine_args"] or settings["sleep"]):
         raise InputError("--engine-args and --sleep are for vLLM, and the engine is transformers: leave them out")
+    if WORLD > 1 and settings["engine_args"].get("tensor_parallel_size", 1) > 1:
+        raise InputError("each rank has an engine of its own on one GPU: with tensor_parallel_size start without torchrun")
     if settings["judge"] == "server" and not settings["judge_model"]:
         raise InputError("--judge server wants --judge-model, the name of the judge at --judge-url")
     if settings["task"] == "healthbench" and settings["reward"] == "match":
         raise InputError("--reward match compares boxed answers, and HealthBench has none: take another")
     if settings["task"] != "healthbench" and settings["reward"] == "physician":
         raise InputError("--reward physician wants physicians' rubrics, which only --task healthbench has: take another")
+
+
+def join() -> None:
+    """Meet the other ranks that torchrun has started; each takes the GPU of its number on its machine. Raises InputError.
+
+    By gloo, on GPUs too: what they exchange (rollouts, the LoRA's gradients) is little beside a step's minutes, a rank that
+    dies is noticed at once, where NCCL waits for a time-out, and the tests need no GPU.
+    """
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise InputError(f"this machine has {gpus} GPUs, and every rank wants its own: --nproc-per-node is at most {gpus}")
+    if gpus:
+        torch.cuda.set_device(local)  # "cuda" means this one from now on
+    torch.distributed.init_process_group("gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- rank 0 speaks for all, until the end
 
 
 SFT_IGNORES = {"beta", "kl", "clip", "updates_per_step", "importance_cap", "mask_truncated", "length_limit"}
@@ -198,6 +217,8 @@ def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
     `start`: settings to start from instead of the defaults, those of the run whose adapter is evaluated.
     """
     out, resume = given.pop("out", None), given.pop("resume", False)
+    if WORLD > 1:
+        join()
     for path in ("data", "model"):  # a run can be resumed from another folder
         if path in given and Path(given[path]).exists():
             given[path] = str(Path(given[path]).resolve())
@@ -211,26 +232,35 @@ def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
     if start and given.get("engine") == "transformers":  # what was said to vLLM is not for it
         start |= {"engine_args": {}, "sleep": False}
     if resume:
-        settings = start
         for key, value in given.items():
-            if key not in runs.MAY_CHANGE and settings.get(key) != value:
+            if key not in runs.MAY_CHANGE and start.get(key) != value:
                 flag = "--" + key.replace("_", "-")
-                raise InputError(f"{out} was started with {flag} {settings.get(key)}: leave {flag} out, or start a new run")
-        settings |= given
-        check(settings)
-        return out, settings, True
+                raise InputError(f"{out} was started with {flag} {start.get(key)}: leave {flag} out, or start a new run")
+        if (ranks := start.get("ranks", 1)) != WORLD:  # each draws with a seed of its own
+            raise InputError(f"{out} was started on {ranks} ranks, and not on {WORLD}: resume it with torchrun on as many")
+        start |= given
+        check(start)
+        return out, start, True
     task = TASKS[given.get("task", DEFAULTS["task"])]
     settings = {**(start or DEFAULTS | task.settings | METHODS[given.get("method", "grpo")]), **given}
     if callable(settings["model"]):
         settings["model"], why = settings["model"]()
         print(f"model: {settings['model']} ({why}; --model names another)")
-    given_sampling = settings.get("eval_sampling", {})
-    settings["eval_sampling"] = eval_sampling(given_sampling, settings["model"], settings["temperature"])
+    settings["eval_sampling"] = eval_sampling(settings.get("eval_sampling", {}), settings["model"], settings["temperature"])
     check(settings)
     if settings["method"] == "sft" and start is None and (ignored := sorted(SFT_IGNORES & given.keys())):
         raise InputError(f"--{ignored[0].replace('_', '-')} does nothing with --method sft: leave it out")
     name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return out or Path("runs") / name, settings, False
+    settings |= {"ranks": WORLD} if WORLD > 1 else {}
+    return gather(out or Path("runs") / name)[0], settings, False  # the clocks of two ranks may differ
+
+
+def saved_policy(base, run: Path):
+    """`base` with a run's trained adapter. Raises InputError."""
+    try:
+        return PeftModel.from_pretrained(base, run / "adapter")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"cannot load {run}/adapter: give --adapter the folder of a run ({one_line(error)})") from None
 
 
 def vllm_options(model, given: dict, sleep: bool = False) -> dict:
@@ -252,6 +282,7 @@ def vllm_options(model, given: dict, sleep: bool = False) -> dict:
         "max_model_len": -1,  # the model's own, or what the KV cache can hold
         "enable_sleep_mode": sleep,
         "use_tqdm_on_load": False,
+        **({"distributed_executor_backend": "external_launcher"} if WORLD > 1 else {}),  # on this rank's GPU
         **({"kv_cache_memory_bytes": 2 << 30} if cpu else {"gpu_memory_utilization": 0.45}),  # the rest trains
     } | given
 
@@ -263,24 +294,6 @@ def load_engine(s: argparse.Namespace, policy, tokenizer, out: Path) -> tuple:
     else:
         engine = TransformersEngine(policy, tokenizer)
     if s.judge == "server":
-        return engine, server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
+        judge = server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
+        return engine, lambda calls: gather(judge(calls) if RANK == 0 else None)[0]  # asked once, whatever the ranks
     return engine, anchor_judge(engine)
-
-
-def check_aggregators(s: argparse.Namespace, engine, questions: list, aggregators: list[str]) -> None:
-    """Refuse before the first step what would fail, or not fit the context, in the middle of a run. Raises InputError.
-
-    Rollouts are cut to fit the anchor's context (Anchor.shown); what cannot be cut is a question, the frame around
-    the rollouts, and what is to be written.
-    """
-    cut, boxed = [CUT] * s.group_size, s.reward == "match"
-    if "majority" in aggregators and not boxed:
-        raise InputError("the aggregator majority counts boxed answers, which only --reward match asks for: take another")
-    seen = {q.conversation for q in questions} if "synthesis-question" in aggregators else {""}
-    frames = [synthesis_messages(cut, boxed, question) for question in seen] + [best_messages(cut, boxed)]
-    longest = max(len(engine.encode(messages)) for messages in [*frames, *(q.messages for q in questions)])
-    if longest + s.max_new_tokens >= engine.context:  # one token of room, because scoring with vLLM generates one
-        raise InputError(
-            f"a question, or the frame around {s.group_size} rollouts, has {longest} tokens; with --max-new-tokens "
-            f"{s.max_new_tokens} the context of {s.model}, {engine.context}, is too short: lower it or --group-size"
-        )

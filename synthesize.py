@@ -8,6 +8,7 @@ The other aggregators are its baselines. `majority` is TTRL's pseudo-label; `sel
 `mutual-predictability` select a rollout by what the anchor thinks of it; `single` is no aggregation at all.
 """
 
+import argparse
 import bisect
 import itertools
 import random
@@ -19,7 +20,7 @@ from xml.sax.saxutils import escape
 
 from rewards import boxed_answer, equal
 from rollout import Engine, Messages, Rollout
-from tasks import Question
+from tasks import InputError, Question, gather, seed_of
 
 # Ours: the paper's prompts were not published as text. The requirements were: no question, reconcile and do not
 # vote, the final answer in \boxed{}. The model that --model tiny names was taught with this very text, so a changed
@@ -82,7 +83,7 @@ class Anchor:
 
         Texts that do not fit are cut in the middle, evenly: to the greatest length in tokens that all of them can have,
         marker included. Shorter ones stay whole. The middle goes first because a solution states its problem at the start
-        and its answer at the end. settings.check_aggregators has made sure that markers alone fit.
+        and its answer at the end. check_aggregators has made sure that markers alone fit.
         """
         room = self.engine.context - (self.sampling["max_new_tokens"] if new_tokens is None else new_tokens)
         if len(self.engine.encode(prompt(texts))) <= room:
@@ -252,3 +253,39 @@ AGGREGATORS: dict[str, Callable[[Sequence[Question], Sequence, Anchor, bool], li
     "mutual-predictability": mutual_predictability,
     "single": single,
 }
+
+
+# ------------------------------------------------------------------------------------------------- in a run
+
+
+def check_aggregators(s: argparse.Namespace, engine, questions: list, aggregators: list[str]) -> None:
+    """Refuse before the first step what would fail, or not fit the context, in the middle of a run. Raises InputError.
+
+    Rollouts are cut to fit the anchor's context (Anchor.shown); what cannot be cut is a question, the frame around
+    the rollouts, and what is to be written.
+    """
+    cut, boxed = [CUT] * s.group_size, s.reward == "match"
+    if "majority" in aggregators and not boxed:
+        raise InputError("the aggregator majority counts boxed answers, which only --reward match asks for: take another")
+    seen = {q.conversation for q in questions} if "synthesis-question" in aggregators else {""}
+    frames = [synthesis_messages(cut, boxed, question) for question in seen] + [best_messages(cut, boxed)]
+    longest = max(len(engine.encode(messages)) for messages in [*frames, *(q.messages for q in questions)])
+    if longest + s.max_new_tokens >= engine.context:  # one token of room, because scoring with vLLM generates one
+        raise InputError(
+            f"a question, or the frame around {s.group_size} rollouts, has {longest} tokens; with --max-new-tokens "
+            f"{s.max_new_tokens} the context of {s.model}, {engine.context}, is too short: lower it or --group-size"
+        )
+
+
+def explore_with_anchor(s: argparse.Namespace, where, batch: list, engine, sampling: dict) -> tuple[list, list, list]:
+    """(groups, references, targets) from pi_0 alone. Targets: (the chat of q, its reference as a rollout), but for
+    references that were cut off, or should end with an answer and do not: nobody should imitate those."""
+    seed = seed_of(s.seed, where, "rollouts")
+    groups = engine.sample([q.messages for q in batch], s.group_size, policy=False, seed=seed, **sampling)
+    anchor = Anchor(engine, partial(seed_of, s.seed, where, "anchor"), **sampling)
+    boxed, targets = s.reward == "match", []
+    references = gather(AGGREGATORS[s.aggregator](batch, groups, anchor, boxed))[0]  # of rank 0, as in train.cat_step
+    for q, group, r in zip(batch, groups, references, strict=True):
+        if r.ids and r.finish_reason == "stop" and not (boxed and boxed_answer(r.text) is None):
+            targets.append((q.messages, Rollout(r.text, r.ids, [0.0] * len(r.ids), r.finish_reason, group[0].prompt_ids)))
+    return groups, references, targets

@@ -5,6 +5,7 @@ An answer, where a question has one, is carried along for evaluation. Training r
 
 import argparse
 import json
+import os
 import random
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +31,27 @@ class InputError(Exception):
 def one_line(error: Exception) -> str:
     """An error of a library, short enough to end a sentence with."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# torchrun starts WORLD copies of a program, and tells each in the environment which RANK it has. Alone: rank 0 of 1.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+class RankError(RuntimeError):
+    """Another rank has died, and this one cannot go on without it."""
+
+
+def gather(value) -> list:
+    """`value` of every rank, in their order; gather(value)[0] is rank 0's. A rank waits here until all the others have come,
+    so all must come equally often. Raises RankError."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    try:
+        torch.distributed.all_gather_object(values, value)
+    except RuntimeError as error:
+        raise RankError(f"another rank has died ({one_line(error)})") from None
+    return values
 
 
 @dataclass(frozen=True)
@@ -51,17 +73,6 @@ def seed_of(seed: int, *where) -> int:
     """A seed for one place in the run, like (step, "rollouts"). Nothing random carries over from step to step, so a
     resumed run needs no random state: it draws what the unbroken one would have drawn."""
     return random.Random(f"{seed}/{where}").getrandbits(62)
-
-
-def batch_of(questions: list, size: int, step: int, seed: int) -> list:
-    """The `size` questions of a step: consecutive ones of an endless list, each pass over the data in a new order."""
-    batch, orders = [], {}
-    for position in range(step * size, (step + 1) * size):
-        epoch, i = divmod(position, len(questions))
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{seed}/epoch {epoch}").sample(range(len(questions)), len(questions))
-        batch.append(questions[orders[epoch][i]])
-    return batch
 
 
 @dataclass(frozen=True)
@@ -135,10 +146,8 @@ def read_jsonl(path: Path, needed: str) -> list[dict]:
 
 def hub_file(repository: str, name: str) -> Path:
     """A data file from the Hugging Face hub. Raises InputError."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))
     except Exception as error:  # noqa: BLE001 -- offline, a proxy, a time-out: each library below raises its own
         raise InputError(
             f"cannot fetch {repository} from the Hugging Face hub ({type(error).__name__}): connect to the network, or "
@@ -231,14 +240,6 @@ def add_lora(base, rank: int, seed: int, checkpointing: bool = False):
         for layer in (module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)):
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     return get_peft_model(base, config)
-
-
-def saved_policy(base, run: Path):
-    """`base` with a run's trained adapter. Raises InputError."""
-    try:
-        return PeftModel.from_pretrained(base, run / "adapter")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load {run}/adapter: give --adapter the folder of a run ({one_line(error)})") from None
 
 
 def hub_model() -> tuple[str, str]:

@@ -14,6 +14,8 @@ and by --validate-every to choose the step.
 
 import argparse
 import math
+import os
+import random
 import shlex
 import sys
 import time
@@ -26,12 +28,12 @@ from tqdm import tqdm
 import runs
 from evaluate import compare, correct, describe, save_comparison
 from grpo import sequence_kl, update
-from rewards import Rewards, advantages, boxed_answer, penalise_length
-from rollout import EngineError, Rollout
+from rewards import Rewards, advantages, penalise_length
+from rollout import EngineError
 from rubrics import MAX_UNKNOWN, REWARDS, JudgeError, physician_scores
-from settings import check_aggregators, load_engine, parser_of, settle
-from synthesize import AGGREGATORS, Anchor
-from tasks import InputError, add_lora, batch_of, load_base, load_questions, seed_of
+from settings import load_engine, parser_of, settle
+from synthesize import AGGREGATORS, Anchor, check_aggregators, explore_with_anchor
+from tasks import RANK, WORLD, InputError, RankError, add_lora, gather, load_base, load_questions, seed_of
 
 # Mean nats a token between engine and trainer above which a step warns. Rounding alone is far below: about 1e-6 in
 # float32 and 0.01 in bf16.
@@ -54,6 +56,7 @@ def cat_step(s: argparse.Namespace, step: int, batch: list, engine, judge, polic
 
     # 3. Reward derivation: R(o_i; s).                                                       (Q, G)
     rewards = REWARDS[s.reward](groups, references, batch, anchor.sample, judge)
+    rewards = gather(rewards)[0]  # of rank 0 for all: the answer checker gives up by the clock, not everywhere alike
     penalise_length(rewards, groups, s.length_limit)
     rollouts, kl = [o for group in groups for o in group], None
     if s.kl == "reward" and s.beta:  # R - beta KL, the paper's setting; the default has the KL in the loss
@@ -101,24 +104,23 @@ def sft_step(s: argparse.Namespace, step: int, batch: list, engine, judge, polic
     return groups, references, rewards, numbers
 
 
-def explore_with_anchor(s: argparse.Namespace, where, batch: list, engine, sampling: dict) -> tuple[list, list, list]:
-    """(groups, references, targets) from pi_0 alone. Targets: (the chat of q, its reference as a rollout), but for
-    references that were cut off, or should end with an answer and do not: nobody should imitate those."""
-    seed = seed_of(s.seed, where, "rollouts")
-    groups = engine.sample([q.messages for q in batch], s.group_size, policy=False, seed=seed, **sampling)
-    anchor = Anchor(engine, partial(seed_of, s.seed, where, "anchor"), **sampling)
-    references, targets = AGGREGATORS[s.aggregator](batch, groups, anchor, boxed(s)), []
-    for q, group, r in zip(batch, groups, references, strict=True):
-        if r.ids and r.finish_reason == "stop" and not (boxed(s) and boxed_answer(r.text) is None):
-            targets.append((q.messages, Rollout(r.text, r.ids, [0.0] * len(r.ids), r.finish_reason, group[0].prompt_ids)))
-    return groups, references, targets
+def batch_of(questions: list, size: int, step: int, seed: int) -> list:
+    """The `size` questions of a step: consecutive ones of an endless list, each pass over the data in a new order."""
+    batch, orders = [], {}
+    for position in range(step * size, (step + 1) * size):
+        epoch, i = divmod(position, len(questions))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{seed}/epoch {epoch}").sample(range(len(questions)), len(questions))
+        batch.append(questions[orders[epoch][i]])
+    return batch
 
 
 def train(
     s: argparse.Namespace, out: Path, questions: list, engine, judge, policy, optimizer, state: dict, validate
 ) -> None:
     """Steps state["step"]..s.steps. After each, the run's folder holds all that the next one needs."""
-    bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step")
+    log = sys.stderr if RANK == 0 else sys.stdout  # which rank 0 alone has
+    bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step", file=log)
     for step in bar:
         if s.validate_every and state["since_best"] >= s.patience:
             bar.write(f"stopping early: no better validation score in the last {s.patience}")
@@ -131,22 +133,23 @@ def train(
         numbers["num_tokens"] = state["num_tokens"]
         better = False
         if s.validate_every and (step + 1) % s.validate_every == 0:
-            numbers["validation/score"] = score = validate()
+            numbers["validation/score"] = score = gather(validate())[0]
             better = score is not None and score > state["best_score"]
             state |= {"best_score": score, "since_best": 0} if better else {"since_best": state["since_best"] + 1}
         state["doubted_in_a_row"] = state["doubted_in_a_row"] + 1 if doubted(numbers) else 0
-        runs.log_step(out, step, numbers, batch, groups, references, rewards)
-        runs.save_checkpoint(out, state, policy, optimizer, better)
+        if RANK == 0:
+            runs.log_step(out, step, numbers, batch, groups, references, rewards)
+            runs.save_checkpoint(out, state, policy, optimizer, better)
         shown = {"reward": numbers["reward"], "agreement": numbers["reference/majority_agreement"]}
         bar.set_postfix({name: f"{value:.2f}" for name, value in shown.items() if value is not None and value == value})
         if doubted(numbers):
             share = f"{numbers['judge/unknown_rate']:.0%}"
-            bar.write(f"WARNING: step {step}: {share} of the verdicts are unknown: no update", sys.stderr)
+            bar.write(f"WARNING: step {step}: {share} of the verdicts are unknown: no update", log)
         if state["doubted_in_a_row"] >= 3:
             raise JudgeError(f"too few verdicts could be read in 3 steps in a row: its answers are in {out}/rollouts.jsonl")
         if (difference := numbers["sampling/logp_difference_mean"] or 0.0) > MISMATCH:
             warning = f"engine and trainer differ by {difference:.2g} nats a token, more than {MISMATCH}"
-            bar.write(f"WARNING: step {step}: {warning}: other weights, or too much rounding", sys.stderr)
+            bar.write(f"WARNING: step {step}: {warning}: other weights, or too much rounding", log)
         if state["skipped_in_a_row"] >= 3:
             raise FloatingPointError(
                 f"the loss or its gradient was not finite in 3 steps in a row, the last one step {step}: lower --lr"
@@ -220,12 +223,16 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     if resume:
         state = runs.load_checkpoint(out, policy, optimizer) or state
         engine.sync()
+    if RANK == 0 and resume:
         runs.drop_lines_after(out, state["step"])
         runs.write_config(out, settings)  # --steps may have been raised
-    else:
+    elif RANK == 0:
         runs.create(out, settings)
+    gather(None)  # rank 0 has made it
+    if not out.exists():
+        raise InputError(f"rank {RANK} does not see {out}: on several machines --out must be on a file system they share")
     split = {"train": train_questions, "validation": validation, "test": test_questions}
-    if any(q.id for q in test_questions):
+    if RANK == 0 and any(q.id for q in test_questions):
         runs.write_json(out / "split.json", {name: [q.id for q in part] for name, part in split.items()})
     print(
         f"task {s.task}: trains on {len(train_questions)} questions without labels; the final table asks "
@@ -239,19 +246,23 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     try:
         train(s, out, train_questions, engine, judge, policy, optimizer, state, validator(s, engine, judge, validation))
     finally:  # also after Ctrl-C, perhaps in the middle of an update: the adapter is that of a completed step
-        if runs.load_checkpoint(out, policy, optimizer, best=True):
+        if RANK == 0 and runs.load_checkpoint(out, policy, optimizer, best=True):
             policy.save_pretrained(out / "adapter", save_embedding_layers=False)
             runs.plot(out)
 
     print(f"comparing on {len(test_questions)} questions ...", flush=True)
+    gather(None)  # rank 0 has written the last checkpoint
+    runs.load_checkpoint(out, policy, optimizer, best=True)
     engine.sync()  # the best adapter may not be the last
     names = list(dict.fromkeys(["majority", s.aggregator] if boxed(s) else [s.aggregator]))
     results = compare(s, test_questions, engine, judge, names, [s.group_size], trained=True)
-    save_comparison(out, settings, results, started)
+    if RANK == 0:
+        save_comparison(out, settings, results, started)
 
 
 def resume_command(out: Path) -> str:
-    return shlex.join(["python", sys.argv[0], "--resume", "--out", str(out)])
+    start = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"] if WORLD > 1 else ["python"]
+    return shlex.join([*start, sys.argv[0], "--resume", "--out", str(out)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -263,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    except (EngineError, JudgeError) as error:
+    except (EngineError, JudgeError, RankError) as error:
         print(f"train.py: stopped: {error}; every completed step is saved. To go on: {resume_command(out)}", file=sys.stderr)
         return 1
     except FloatingPointError as error:

@@ -12,8 +12,7 @@ from rollout import TransformersEngine
 from tasks import TINY_MODEL, add_lora, load_base
 
 
-@pytest.fixture
-def policy():
+def tiny_policy():
     """(PeftModel, tokenizer) of the tiny model. LoRA's B is not 0 here, so that pi_t differs from pi_0."""
     base, tokenizer = load_base(str(TINY_MODEL))
     model = add_lora(base, rank=8, seed=0)
@@ -23,6 +22,11 @@ def policy():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return model, tokenizer
+
+
+@pytest.fixture
+def policy():
+    return tiny_policy()
 
 
 @pytest.fixture

@@ -12,8 +12,18 @@ import torch
 
 import synthesize
 from rollout import Rollout
-from settings import check_aggregators
-from synthesize import AGGREGATORS, CUT, Anchor, Reference, answer_classes, majority, show, synthesis, synthesis_messages
+from synthesize import (
+    AGGREGATORS,
+    CUT,
+    Anchor,
+    Reference,
+    answer_classes,
+    check_aggregators,
+    majority,
+    show,
+    synthesis,
+    synthesis_messages,
+)
 from tasks import InputError, Question, load_sums
 
 SUMS = load_sums(None)[1]
