@@ -50,7 +50,7 @@ def gather(value) -> list:
     try:
         torch.distributed.all_gather_object(values, value)
     except RuntimeError as error:
-        raise RankError(f"another rank has died ({one_line(error)})") from None
+        raise RankError("another rank has died or does not answer: if it could say why, it did so itself") from error
     return values
 
 
