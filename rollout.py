@@ -270,18 +270,18 @@ class VLLMEngine(Engine):
             self.adapter = self.vllm.lora.request.LoRARequest(f"policy-{self.version}", self.version, folder)
             self.llm.llm_engine.add_lora(self.adapter)
 
-    def _generate(self, prompts: list[list[int]], policy: bool, **params) -> list:
+    def _generate(self, prompts: list[list[int]], policy: bool, seed: int = 0, **params) -> list:
         inputs = [{"prompt_token_ids": ids} for ids in prompts]
         with self._failures_named():
+            self.llm.collective_rpc(lambda _: set_seed(seed % 2**32))  # it draws from its workers' global generators
             params = self.vllm.SamplingParams(**params, detokenize=False)
             return self.llm.generate(inputs, params, lora_request=self.adapter if policy else None, use_tqdm=False)
 
     def _sample(self, encoded, n, policy, temperature, max_new_tokens, top_k, top_p, seed, choices) -> list[list[Rollout]]:
-        self.llm.collective_rpc(lambda _: set_seed(seed % 2**32))  # vLLM draws from its workers' global generators
         only = self.vllm.sampling_params.StructuredOutputsParams(choice=list(choices)) if choices else None
         copies = n if temperature == 0 else 1  # of a greedy answer: vLLM wants to be asked for it once
         outputs = self._generate(
-            encoded, policy, n=n // copies, temperature=temperature, top_k=top_k, top_p=top_p,
+            encoded, policy, seed, n=n // copies, temperature=temperature, top_k=top_k, top_p=top_p,
             max_tokens=max_new_tokens, stop_token_ids=self.stop_ids, logprobs=0, structured_outputs=only,
         )  # fmt: skip
         return [

@@ -10,6 +10,8 @@
 `sft_step` is CaT-SFT (--method sft), the baseline that imitates s instead. Nothing reads a label, unless --reward
 physician asks for that oracle. Labels, where a task has them, are read by evaluate.py for the curve and the final table,
 and by --validate-every to choose the step.
+
+Under torchrun several ranks take each step together: engine.sample and update share out its work and know all of it.
 """
 
 import argparse
@@ -275,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except (EngineError, JudgeError, RankError) as error:
-        print(f"train.py: stopped: {error}; every completed step is saved. To go on: {resume_command(out)}", file=sys.stderr)
+        if RANK == 0 or not isinstance(error, RankError):  # that another has died, one says for all
+            way_on = f"every completed step is saved. To go on: {resume_command(out)}"
+            print(f"train.py: stopped: {error}; {way_on}", file=sys.stderr)
         return 1
     except FloatingPointError as error:
         print(f"train.py: stopped: {error}; {out}/checkpoint holds the last step", file=sys.stderr)

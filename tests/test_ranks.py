@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 2 tests/test_ranks.py OUT      one rank of the comparison with a single process
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import evaluate
 import settings
 import train
 from conftest import tiny_policy
@@ -243,10 +245,16 @@ def test_a_judge_behind_a_server_is_asked_once_whatever_the_ranks(tmp_path):
     assert all(row["judge/unknown_rate"] == 0 for row in metrics(tmp_path / "run"))
 
 
-def test_a_run_by_imitation_stops_early_on_all_ranks(tmp_path):
-    arguments = "--method sft --lr 1 --validate-every 1 --patience 1 --steps 9".split()
-    run(2, *SMALL, *arguments, "--out", tmp_path / "run")
-    assert len(metrics(tmp_path / "run")) < 9
+def test_all_ranks_stop_early_and_go_back_to_the_best_adapter(tmp_path):
+    arguments = "--method sft --lr 0.03 --validate-every 1 --patience 2 --steps 9".split()
+    greedy = ["--eval-sampling", '{"temperature": 0}']
+    run(2, *SMALL, *arguments, *greedy, "--out", tmp_path / "run")
+    scores = [row["validation/score"] for row in metrics(tmp_path / "run")]
+    assert scores.index(max(scores)) == len(scores) - 3 < 6  # the best is not the last
+    assert evaluate.main(["--adapter", str(tmp_path / "run"), *greedy, "--out", str(tmp_path / "alone")]) == 0
+    first, again = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("run", "alone"))
+    (first,), (again,) = ([row for row in rows if row["kind"] == "trained"] for rows in (first, again))
+    assert first == again  # answers and their lengths: no rank has asked the last adapter
 
 
 # ------------------------------------------------------------------------------------------------- what it refuses

@@ -22,6 +22,7 @@ from rollout import TransformersEngine, VLLMEngine
 from settings import installed_engine, vllm_options
 from synthesize import synthesis_messages
 from tasks import TINY_MODEL, InputError, add_lora, load_base, load_sums
+from test_ranks import ROOT, run
 
 QUESTIONS = load_sums(None)[1]
 PROMPTS = [q.messages for q in QUESTIONS[:8]]
@@ -200,6 +201,52 @@ def test_a_run_with_vllm_trains_and_resumes(tmp_path, capsys):
     assert "rollouts by vllm" in captured.out
     assert "| trained: CaT |" in captured.out
     assert "WARNING: step" not in captured.err
+
+
+def test_two_ranks_have_an_engine_each_and_train_one_policy(tmp_path, monkeypatch):
+    """Under torchrun the trainers' process group is there before vLLM makes its own."""
+    out = tmp_path / "run"
+    printed, err = run(2, *SMALL, "--steps", "3", "--out", out)
+    rows = metrics(out)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    # The largest over both ranks' shares of the tokens: each engine has the adapter that both trainers have made.
+    assert all(row["sampling/logp_difference_max"] < 1e-3 for row in rows)
+    assert any(row["grad_norm"] > 0 for row in rows)
+    assert [len(row["rollouts"]) for row in rollouts(out)] == [4] * 12
+    assert printed.count("| trained: CaT |") == 1
+    assert "WARNING: step" not in err
+
+
+SPLIT = """
+import json, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+if __name__ == "__main__":  # its workers import this file
+    from test_vllm import MEMORY, PROMPTS, TINY_MODEL, VLLMEngine, add_lora, load_base, shift, vllm_options
+    base, tokenizer = load_base(str(TINY_MODEL))
+    model = add_lora(base, rank=16, seed=0)
+    shift(model, 1)
+    engine = VLLMEngine(model, tokenizer, vllm_options(model, MEMORY | {{"tensor_parallel_size": 2}}))
+    drawn = [engine.sample(PROMPTS, 2, max_new_tokens=20, seed=seed) for seed in (1, 1, 2)]
+    drawn = [[[(o.ids, o.logprobs) for o in group] for group in groups] for groups in drawn]
+    greedy = [[o.ids for o in g] for g in engine.sample(PROMPTS, 1, temperature=0, max_new_tokens=48)]
+    open(sys.argv[1], "w").write(json.dumps([drawn, greedy, engine.llm.llm_engine.vllm_config.parallel_config.world_size]))
+"""
+
+
+def test_an_engine_split_over_two_devices_gives_the_same_and_obeys_seeds(engines, tmp_path):
+    """--engine-args reaches vLLM as it is. The workers are processes of their own, which a seed has to reach."""
+    script = tmp_path / "split.py"
+    script.write_text(SPLIT.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    subprocess.run([sys.executable, script, tmp_path / "out.json"], check=True, timeout=400)
+    (first, again, other), greedy, devices = json.loads((tmp_path / "out.json").read_text())
+    assert devices == 2
+    assert first == again != other
+    assert greedy == [[o.ids for o in g] for g in engines[1].sample(PROMPTS, 1, temperature=0, max_new_tokens=48)]
+    for group, messages in zip(first, PROMPTS, strict=True):
+        for ids, logprobs in group:
+            with torch.no_grad():
+                expected, _, _ = token_logprobs(engines[1].model, [engines[1].encode(messages)], [ids], temperature=1.0)
+            assert worst_difference([logprobs], expected.tolist()) < TOLERANCE / 100
 
 
 def test_a_sync_that_does_nothing_is_warned_of(tmp_path, capsys, monkeypatch):
