@@ -15,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from tasks import RANK, WORLD, gather
+from tasks import RANK, WORLD, exchange, gather
 
 LOGIT_CHUNK = 128  # completion tokens whose logits exist at a time: 128 x 152k x 4 bytes is 78 MB
 WORTH_SHARING = 0.2  # of a batch's tokens: reading prompts once costs a pass more, and attention kernels without a mask
@@ -277,10 +277,10 @@ def update(
             for name, value in (parts | {"sampling/logp_difference_mean": difference.abs().sum()}).items():
                 sums[name] += float(value)
         losses.append(sum(gather(loss_sum)))
-        if WORLD > 1:  # and so do those of the ranks; through the CPU, as tasks.join says
+        if WORLD > 1:  # and so do those of the ranks; through the CPU, as settings.join says
             grads = [p.grad for p in trained]
             flat = torch.nn.utils.parameters_to_vector(grads).cpu()
-            torch.distributed.all_reduce(flat)
+            exchange(torch.distributed.all_reduce, flat)
             torch.nn.utils.vector_to_parameters(flat.to(model.device), grads)
         norms.append(float(torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)))
         if math.isfinite(losses[-1]) and math.isfinite(norms[-1]):

@@ -4,11 +4,13 @@ A setting comes from the command line, else from the task (tasks.TASKS), else fr
 """
 
 import argparse
+import atexit
 import importlib.util
 import json
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,8 +32,9 @@ DEFAULTS = {
     "judge_model": None, "judge_concurrency": 32, "validate_every": 0, "validation_questions": 100, "patience": 5,
 }  # fmt: skip
 
-# What a method changes in the task's settings.
+# What a method changes in the task's settings, and what CaT-SFT does not read.
 METHODS = {"grpo": {}, "sft": {"validate_every": 5}}
+SFT_IGNORES = {"beta", "kl", "clip", "updates_per_step", "importance_cap", "mask_truncated", "length_limit"}
 
 # What `evaluate.py` takes of all flags: what is asked, who answers, who judges.
 EVALUATION = {
@@ -100,8 +103,7 @@ def parser_of(description: str, only: set[str] | None = None) -> argparse.Argume
             return
         key = name.replace("-", "_")
         by_task = [f"{t.settings[key]} for {task}" for task, t in TASKS.items() if key in t.settings and key != "model"]
-        value = DEFAULTS.get(key)
-        general = [] if value is None or value is False or value == {} else [str(value)]
+        general = [] if (value := DEFAULTS.get(key)) is None or value is False or value == {} else [str(value)]
         text += f"; default: {', '.join(general + by_task)}" if general + by_task else ""
         parser.add_argument(f"--{name}", help=text + (f"; the paper: {paper}" if paper else ""), **options)
 
@@ -182,33 +184,32 @@ def check(settings: dict) -> None:
         raise InputError("vLLM is not installed: pip install -r requirements-gpu.txt, or take --engine transformers")
     if settings["engine"] == "transformers" and (settings["engine_args"] or settings["sleep"]):
         raise InputError("--engine-args and --sleep are for vLLM, and the engine is transformers: leave them out")
-    if WORLD > 1 and settings["engine_args"].get("tensor_parallel_size", 1) > 1:
-        raise InputError("each rank has an engine of its own on one GPU: with tensor_parallel_size start without torchrun")
+    if WORLD > 1 and any("parallel" in key or "executor" in key for key in settings["engine_args"]):
+        raise InputError("each rank has an engine of its own on one GPU: to split an engine, start without torchrun")
     if settings["judge"] == "server" and not settings["judge_model"]:
         raise InputError("--judge server wants --judge-model, the name of the judge at --judge-url")
     if settings["task"] == "healthbench" and settings["reward"] == "match":
         raise InputError("--reward match compares boxed answers, and HealthBench has none: take another")
     if settings["task"] != "healthbench" and settings["reward"] == "physician":
         raise InputError("--reward physician wants physicians' rubrics, which only --task healthbench has: take another")
+    gather(settings, "settings")  # else each would train a policy of its own, without a word
 
 
 def join() -> None:
     """Meet the other ranks that torchrun has started; each takes the GPU of its number on its machine. Raises InputError.
 
-    By gloo, on GPUs too: what they exchange (rollouts, the LoRA's gradients) is little beside a step's minutes, a rank that
-    dies is noticed at once, where NCCL waits for a time-out, and the tests need no GPU.
+    By gloo, on GPUs too: what they exchange (rollouts, the LoRA's gradients) is little beside a step's minutes, and tests
+    need no GPU. A closed connection is noticed at once; the time-out is for a rank that is slow, or alone asks a judge.
     """
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus and local >= gpus:
         raise InputError(f"this machine has {gpus} GPUs, and every rank wants its own: --nproc-per-node is at most {gpus}")
     if gpus:
         torch.cuda.set_device(local)  # "cuda" means this one from now on
-    torch.distributed.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo", timeout=timedelta(hours=2))
+    atexit.register(torch.distributed.destroy_process_group)  # its threads must not outlive the interpreter
     if RANK:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- rank 0 speaks for all, until the end
-
-
-SFT_IGNORES = {"beta", "kl", "clip", "updates_per_step", "importance_cap", "mask_truncated", "length_limit"}
 
 
 def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
@@ -237,7 +238,7 @@ def settle(given: dict, start: dict | None = None) -> tuple[Path, dict, bool]:
                 flag = "--" + key.replace("_", "-")
                 raise InputError(f"{out} was started with {flag} {start.get(key)}: leave {flag} out, or start a new run")
         if (ranks := start.get("ranks", 1)) != WORLD:  # each draws with a seed of its own
-            raise InputError(f"{out} was started on {ranks} ranks, and not on {WORLD}: resume it with torchrun on as many")
+            raise InputError(f"{out} was started on {ranks} ranks, and not on {WORLD}: resume it on as many")
         start |= given
         check(start)
         return out, start, True
@@ -289,10 +290,9 @@ def vllm_options(model, given: dict, sleep: bool = False) -> dict:
 
 def load_engine(s: argparse.Namespace, policy, tokenizer, out: Path) -> tuple:
     """(engine, judge) that the settings name."""
+    engine = TransformersEngine(policy, tokenizer)
     if s.engine == "vllm":
         engine = VLLMEngine(policy, tokenizer, vllm_options(policy, s.engine_args, s.sleep))
-    else:
-        engine = TransformersEngine(policy, tokenizer)
     if s.judge == "server":
         judge = server_judge(s.judge_url, s.judge_model, out / "judge.jsonl", concurrency=s.judge_concurrency)
         return engine, lambda calls: gather(judge(calls) if RANK == 0 else None)[0]  # asked once, whatever the ranks

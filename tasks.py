@@ -34,23 +34,31 @@ def one_line(error: Exception) -> str:
 
 
 # torchrun starts WORLD copies of a program, and tells each in the environment which RANK it has. Alone: rank 0 of 1.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = (int(os.environ[name]) if "LOCAL_RANK" in os.environ else i for i, name in enumerate(("RANK", "WORLD_SIZE")))
 
 
 class RankError(RuntimeError):
     """Another rank has died, and this one cannot go on without it."""
 
 
-def gather(value) -> list:
-    """`value` of every rank, in their order; gather(value)[0] is rank 0's. A rank waits here until all the others have come,
-    so all must come equally often. Raises RankError."""
-    if WORLD == 1:
-        return [value]
-    values = [None] * WORLD
+def exchange(collective: Callable, *given) -> None:
+    """A collective of torch.distributed: a rank waits in it until all have come, so all must come equally often."""
     try:
-        torch.distributed.all_gather_object(values, value)
+        collective(*given)
     except RuntimeError as error:
-        raise RankError("another rank has died or does not answer: if it could say why, it did so itself") from error
+        if RANK:  # rank 0 says it for all; why it died, the dead one has said itself, if it could
+            raise SystemExit(1) from error
+        raise RankError("another rank has died or does not answer") from error
+
+
+def gather(value, alike: str = "") -> list:
+    """`value` of every rank, in their order; gather(value)[0] is rank 0's. Raises RankError. With `alike`, a word for
+    what it is, it has to be the same everywhere: else raises InputError."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        exchange(torch.distributed.all_gather_object, values, value)
+    if alike and any(other != value for other in values):
+        raise InputError(f"the ranks do not have the same {alike}: start all alike, with an --out that all machines share")
     return values
 
 
@@ -259,22 +267,14 @@ TASKS = {
         {
             "model": lambda: ("tiny", "the stand-in that is part of this repository"),
             "steps": 60,  # more gain little and risk what the README's "How it fails" shows
-            "prompts_per_step": 16,
-            "max_new_tokens": 64,
-            "lr": 5e-4,
-            "lora_rank": 16,
-            "gradient_checkpointing": False,
             "split": "held-out",  # the tiny model was taught neither half
-        },
+        }
+        | {"prompts_per_step": 16, "max_new_tokens": 64, "lr": 5e-4, "lora_rank": 16, "gradient_checkpointing": False},
     ),
     "math500": Task(
-        load_math500,
-        LORA | {"steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1536, "split": "test-time"},
+        load_math500, LORA | {"steps": 1000, "prompts_per_step": 32, "max_new_tokens": 1536, "split": "test-time"}
     ),
-    "jsonl": Task(
-        load_jsonl,
-        LORA | {"steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024, "split": "test-time"},
-    ),
+    "jsonl": Task(load_jsonl, LORA | {"steps": 200, "prompts_per_step": 16, "max_new_tokens": 1024, "split": "test-time"}),
     "healthbench": Task(
         load_healthbench,
         LORA

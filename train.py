@@ -16,7 +16,6 @@ Under torchrun several ranks take each step together: engine.sample and update s
 
 import argparse
 import math
-import os
 import random
 import shlex
 import sys
@@ -213,6 +212,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     train_questions, validation = train_questions[kept:], train_questions[:kept]
     if s.method == "grpo" and any(q.answer is None and q.rubric is None for q in validation):
         raise InputError("--validate-every reads labels, and these questions have none: take --validate-every 0")
+    gather(random.Random(repr(train_questions + validation + test_questions)).random(), "questions")  # a digest
     if s.prompts_per_step > len(train_questions):
         raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
     base, tokenizer = load_base(s.model)
@@ -223,7 +223,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "doubted_in_a_row": 0}
     state |= {"best_score": -math.inf, "since_best": 0}
     if resume:
-        state = runs.load_checkpoint(out, policy, optimizer) or state
+        state = gather(runs.load_checkpoint(out, policy, optimizer) or state, "checkpoint")[0]
         engine.sync()
     if RANK == 0 and resume:
         runs.drop_lines_after(out, state["step"])
@@ -254,7 +254,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
 
     print(f"comparing on {len(test_questions)} questions ...", flush=True)
     gather(None)  # rank 0 has written the last checkpoint
-    runs.load_checkpoint(out, policy, optimizer, best=True)
+    gather(runs.load_checkpoint(out, policy, optimizer, best=True), "checkpoint")
     engine.sync()  # the best adapter may not be the last
     names = list(dict.fromkeys(["majority", s.aggregator] if boxed(s) else [s.aggregator]))
     results = compare(s, test_questions, engine, judge, names, [s.group_size], trained=True)
@@ -263,8 +263,8 @@ def run(out: Path, settings: dict, resume: bool) -> None:
 
 
 def resume_command(out: Path) -> str:
-    start = ["torchrun", f"--nproc-per-node={os.environ['LOCAL_WORLD_SIZE']}"] if WORLD > 1 else ["python"]
-    return shlex.join([*start, sys.argv[0], "--resume", "--out", str(out)])
+    start = "torchrun, with its options as before," if WORLD > 1 else "python"
+    return f"{start} {shlex.join([sys.argv[0], '--resume', '--out', str(out)])}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -277,9 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except (EngineError, JudgeError, RankError) as error:
-        if RANK == 0 or not isinstance(error, RankError):  # that another has died, one says for all
-            way_on = f"every completed step is saved. To go on: {resume_command(out)}"
-            print(f"train.py: stopped: {error}; {way_on}", file=sys.stderr)
+        print(f"train.py: stopped: {error}; every completed step is saved. To go on: {resume_command(out)}", file=sys.stderr)
         return 1
     except FloatingPointError as error:
         print(f"train.py: stopped: {error}; {out}/checkpoint holds the last step", file=sys.stderr)

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 tests/test_ranks.py OUT      one rank of the compari
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +51,8 @@ def measure() -> dict:
     for name, (advantage, options) in UPDATES.items():
         model.load_state_dict(start)
         numbers, gradients = one_update(model, batch(model), advantage, lr=0.1, **options)
-        found[name] = {"numbers": numbers, "gradients": gradients}
+        weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+        found[name] = {"numbers": numbers, "gradients": gradients, "weights": weights}
     model.load_state_dict(start)
     model.float()
     found["kl"] = sequence_kl(model, batch(), temperature=0.8, token_budget=12)
@@ -120,8 +122,8 @@ def test_ranks_take_the_step_that_one_would(parts, alone, name):
         for number, value in expected["numbers"].items():
             near = None if value is None else pytest.approx(value, rel=1e-6, abs=1e-9, nan_ok=True)
             assert part[name]["numbers"][number] == near, number
-    weights = [part[name]["gradients"] for part in parts]
-    assert all(torch.equal(a, b) for other in weights for a, b in zip(other, weights[0], strict=True))  # to the last bit
+        torch.testing.assert_close(part[name]["weights"], expected["weights"], rtol=1e-6, atol=1e-9)
+        assert torch.equal(part[name]["weights"], parts[0][name]["weights"])  # to the last bit
 
 
 def test_ranks_share_out_passes_prompts_and_scores(parts, alone):
@@ -219,6 +221,49 @@ def test_another_number_of_ranks_is_refused(straight, tmp_path, capsys):
     assert "was started on 1 ranks, and not on 2" in err
 
 
+UNLIKE = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+sys.exit(train.main([*sys.argv[1:], *({extra!r}.split() if os.environ["RANK"] == "1" else [])]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("extra", "what"), [("--lr 0.02", "settings"), ("--data {tmp}/other.jsonl", "settings"), ("--engine auto", "")]
+)
+def test_ranks_that_were_started_differently_are_refused(tmp_path, extra, what):
+    """On several machines the command is typed several times."""
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "What is {n} + 1?"}}\n' for n in range(8)))
+    script = tmp_path / "unlike.py"
+    script.write_text(UNLIKE.format(root=str(ROOT), extra=extra.format(tmp=tmp_path)))
+    arguments = [*SMALL, "--task", "jsonl", "--model", "tiny", "--data", tmp_path / "one.jsonl", "--steps", "1"]
+    status, _, err = finished(torchrun(2, script, *arguments, "--out", tmp_path / "run"))
+    assert (status == 0) == (what == ""), err
+    assert not what or f"the ranks do not have the same {what}" in err
+    assert (tmp_path / "run").exists() == (what == "")
+
+
+def test_a_checkpoint_that_only_one_rank_has_is_refused(tmp_path):
+    """As on machines that do not share --out: each rank gets a folder of its own, and rank 1's checkpoint is not there."""
+    run(2, *SMALL, "--steps", "1", "--out", tmp_path / "0")
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    (tmp_path / "1" / "checkpoint" / "state.pt").unlink()
+    script = tmp_path / "apart.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nimport runs, train\n"
+        "from pathlib import Path\nreal = runs.load_checkpoint\n"
+        f"runs.load_checkpoint = lambda out, *a, **k: real(Path({str(tmp_path)!r}) / os.environ['RANK'], *a, **k)\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    before = (tmp_path / "0" / "metrics.jsonl").read_bytes()
+    status, _, err = finished(torchrun(2, script, "--resume", "--steps", "2", "--out", tmp_path / "0"))
+    assert status != 0
+    assert "the ranks do not have the same checkpoint" in err
+    assert (tmp_path / "0" / "metrics.jsonl").read_bytes() == before
+
+
 def test_what_two_ranks_have_trained_is_evaluated_on_two_as_on_one(straight, tmp_path):
     arguments = ["--adapter", straight[0], "--aggregators", "min-ppl", "--sizes", "4", "--eval-questions", "5"]
     arguments += ["--eval-sampling", '{"temperature": 0}']
@@ -265,13 +310,15 @@ def test_a_rank_that_is_left_alone_says_so(tmp_path):
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "import torch\nfrom tasks import RANK, RankError, gather\ntorch.distributed.init_process_group('gloo')\n"
+        "import torch\nfrom tasks import RANK, RankError, exchange, gather\ntorch.distributed.init_process_group('gloo')\n"
         "assert gather(RANK * 'x') == ['', 'x']\n"
         "if RANK: os._exit(7)\n"
-        "try: gather(1)\nexcept RankError as error: print('SAID', error, flush=True)\n"
+        "for call in (lambda: gather(1), lambda: exchange(torch.distributed.all_reduce, torch.ones(3))):\n"
+        "    try: call()\n"
+        "    except RankError as error: print('SAID', error, flush=True)\n"
     )
     _, out, _ = finished(torchrun(2, script), timeout=60)
-    assert "SAID another rank has died" in out
+    assert out.count("SAID another rank has died") == 2
 
 
 def test_more_ranks_than_gpus_and_split_engines_are_refused(monkeypatch):
@@ -280,10 +327,10 @@ def test_more_ranks_than_gpus_and_split_engines_are_refused(monkeypatch):
     with pytest.raises(InputError, match="at most 2"):
         settings.join()
     monkeypatch.setattr(settings, "WORLD", 2)
-    asked = {"engine": "vllm", "engine_args": {"tensor_parallel_size": 2}, "sleep": False}
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(InputError, match="start without torchrun"):
-        settings.check(asked)
+    for given in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"distributed_executor_backend": "uni"}):
+        with pytest.raises(InputError, match="start without torchrun"):
+            settings.check({"engine": "vllm", "engine_args": given, "sleep": False})
 
 
 if __name__ == "__main__":
