@@ -4,12 +4,12 @@ A setting comes from the command line, else from the task (tasks.TASKS), else fr
 """
 
 import argparse
-import atexit
 import importlib.util
 import json
 import os
 import sys
 import time
+import weakref
 from datetime import timedelta
 from pathlib import Path
 
@@ -198,8 +198,8 @@ def check(settings: dict) -> None:
 def join() -> None:
     """Meet the other ranks that torchrun has started; each takes the GPU of its number on its machine. Raises InputError.
 
-    By gloo, on GPUs too: what they exchange (rollouts, the LoRA's gradients) is little beside a step's minutes, and tests
-    need no GPU. A closed connection is noticed at once; the time-out is for a rank that is slow, or alone asks a judge.
+    By gloo, on GPUs too: what they exchange is little beside a step's minutes, and tests need no GPU. The time-out is for a
+    rank that is slow, or asks a judge. gloo's threads must not outlive Python: they end at exit, after vLLM's own groups.
     """
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpus and local >= gpus:
@@ -207,7 +207,7 @@ def join() -> None:
     if gpus:
         torch.cuda.set_device(local)  # "cuda" means this one from now on
     torch.distributed.init_process_group("gloo", timeout=timedelta(hours=2))
-    atexit.register(torch.distributed.destroy_process_group)  # its threads must not outlive the interpreter
+    weakref.finalize(join, lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
     if RANK:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- rank 0 speaks for all, until the end
 

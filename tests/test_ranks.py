@@ -159,6 +159,7 @@ def test_rank_0_writes_the_run_and_speaks_alone(straight):
     assert [len(row["rollouts"]) for row in lines(out / "rollouts.jsonl")] == [4] * 4 * STEPS
     assert printed.count("| trained: CaT |") == printed.count("task sums:") == 1
     assert err.count(f"{STEPS}/{STEPS}") <= 2  # one progress bar
+    assert "Traceback" not in err
     assert all(row["sampling/logp_difference_max"] < 1e-4 for row in metrics(out))  # all ranks have the newest weights
     assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == STEPS
 
