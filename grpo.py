@@ -197,10 +197,10 @@ def sequence_kl(model, rollouts: Sequence, *, temperature: float, token_budget: 
     kl = torch.zeros(len(rollouts))
     cuts = list(micro_batches([len(o.ids) for o in rollouts], token_budget, [o.prompt_ids for o in rollouts]))
     for rows in cuts[RANK::WORLD]:
-        texts = [rollouts[i].prompt_ids for i in rows], [rollouts[i].ids for i in rows]
+        ids = [rollouts[i].prompt_ids for i in rows], [rollouts[i].ids for i in rows]
         with model.disable_adapter():
-            ref_logprobs, _, _ = token_logprobs(model, *texts, temperature=temperature)
-        kl[rows] = (token_logprobs(model, *texts, temperature=temperature)[0] - ref_logprobs).sum(dim=1).cpu()
+            ref_logprobs, _, _ = token_logprobs(model, *ids, temperature=temperature)
+        kl[rows] = (token_logprobs(model, *ids, temperature=temperature)[0] - ref_logprobs).sum(dim=1).cpu()
     return sum(gather(kl))
 
 

@@ -98,7 +98,7 @@ def saved_settings(out: Path) -> dict:
 def save_checkpoint(out: Path, state: dict, model, optimizer, best: bool = False) -> None:
     """Everything that the next step depends on. It replaces the one before in one rename: a crash leaves one of the two.
     `best`: it is also kept as the best so far, first, so that no checkpoint believes in a best one that is not there.
-    There is no random state to save, because all randomness of a step is a function of (seed, step)."""
+    There is no random state to save, because all randomness of a step is a function of (seed, step, rank)."""
     weights = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
     temporary = out / "checkpoint" / "state.tmp"
     torch.save({**state, "weights": weights, "optimizer": optimizer.state_dict()}, temporary)

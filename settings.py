@@ -176,7 +176,7 @@ def installed_engine() -> tuple[str, str]:
 
 
 def check(settings: dict) -> None:
-    """Puts an engine in the place of "auto". Raises InputError for settings that do not go together."""
+    """Puts an engine in the place of "auto". Raises InputError for settings that do not go together, or differ by rank."""
     if settings["engine"] == "auto":
         settings["engine"], why = installed_engine()
         print(f"engine: {settings['engine']} ({why}; --engine takes another)", flush=True)

@@ -34,7 +34,8 @@ def one_line(error: Exception) -> str:
 
 
 # torchrun starts WORLD copies of a program, and tells each in the environment which RANK it has. Alone: rank 0 of 1.
-RANK, WORLD = (int(os.environ[name]) if "LOCAL_RANK" in os.environ else i for i, name in enumerate(("RANK", "WORLD_SIZE")))
+RANK = int(os.environ["RANK"]) if torch.distributed.is_torchelastic_launched() else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if torch.distributed.is_torchelastic_launched() else 1
 
 
 class RankError(RuntimeError):
@@ -237,8 +238,7 @@ def add_lora(base, rank: int, seed: int, checkpointing: bool = False):
     The adapter is float32 (peft casts it) over a base of any dtype: in bf16 an AdamW step of 1e-5 rounds to nothing.
     No dropout: it would make the ratio pi_t / pi_old differ from 1 with equal weights. No bias: vLLM refuses it.
 
-    `checkpointing` keeps only each layer's input for the backward pass and computes the layer again there: far less
-    memory, for one more forward pass.
+    `checkpointing` computes each layer again in the backward pass, from its input: far less memory, one more forward pass.
     """
     torch.manual_seed(seed)  # of A's random initial values
     config = LoraConfig(

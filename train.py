@@ -20,6 +20,7 @@ import random
 import shlex
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def train(
     s: argparse.Namespace, out: Path, questions: list, engine, judge, policy, optimizer, state: dict, validate
 ) -> None:
     """Steps state["step"]..s.steps. After each, the run's folder holds all that the next one needs."""
-    log = sys.stderr if RANK == 0 else sys.stdout  # which rank 0 alone has
+    log = sys.stderr if RANK == 0 else sys.stdout  # where other ranks' words are dropped: rank 0 speaks for all
     bar = tqdm(range(state["step"], s.steps), initial=state["step"], total=s.steps, unit="step", file=log)
     for step in bar:
         if s.validate_every and state["since_best"] >= s.patience:
@@ -212,7 +213,7 @@ def run(out: Path, settings: dict, resume: bool) -> None:
     train_questions, validation = train_questions[kept:], train_questions[:kept]
     if s.method == "grpo" and any(q.answer is None and q.rubric is None for q in validation):
         raise InputError("--validate-every reads labels, and these questions have none: take --validate-every 0")
-    gather(random.Random(repr(train_questions + validation + test_questions)).random(), "questions")  # a digest
+    gather(zlib.crc32(repr(train_questions + validation + test_questions).encode()), "questions")
     if s.prompts_per_step > len(train_questions):
         raise InputError(f"--prompts-per-step {s.prompts_per_step} is more than there are questions: {len(train_questions)}")
     base, tokenizer = load_base(s.model)
