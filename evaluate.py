@@ -98,9 +98,6 @@ def mechanism(questions, groups, references, others) -> dict:
     return counts | {"entropy": sum(entropy) / len(entropy) if entropy else None}
 
 
-# ------------------------------------------------------------------------------------------------- statistics
-
-
 def pass_at_k(right: torch.Tensor, k: int) -> torch.Tensor:
     """The chance that one of k samples is right, (Q,), from n >= k of them, `right` (Q, n): 1 - C(n-c, k) / C(n, k), which
     has no bias (Chen et al. 2021, arXiv 2107.03374)."""
@@ -226,7 +223,9 @@ def explain(results: dict) -> str:
 
 def save_comparison(out: Path, settings: dict, results: dict, started: float) -> None:
     """Writes results.json, table.md and comparison.png, and prints the table."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux; without the answer checker's 0.3 GiB
+    # What PyTorch reserved of the GPU, for engine and trainer; without one, the process's, in KiB on Linux, without the
+    # answer checker's 0.3 GiB.
+    peak = torch.cuda.max_memory_reserved() / 2**30 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     results |= {"minutes": (time.perf_counter() - started) / 60, "peak_gib": peak}
     runs.write_json(out / "results.json", results)
     text = f"{runs.table(measured := [results | {'settings': settings}])}\n\n{explain(results)}"

@@ -1,7 +1,7 @@
 """A run on disk, in a form that survives anything: written, continued, and read again as texts, tables and plots.
 
 In the folder of a run:
-    config.json      every setting, the git commit, the versions
+    config.json      every setting, the git commit, the device, the versions
     metrics.jsonl    one line a step
     rollouts.jsonl   one line a question and step: q, o_1..o_G, s, R; with rubrics the criteria, verdicts and judge's texts
     split.json       which questions were held out, where the task names them
@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -63,15 +64,14 @@ def log_step(out: Path, step: int, numbers: dict, batch, groups, references, rew
 
 
 def write_config(out: Path, settings: dict) -> None:
-    """The settings, the git commit of the code (None outside a checkout) and the versions of what it stands on."""
-    here = Path(__file__).resolve().parent
-    try:
-        git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    except OSError:  # git is not installed
-        commit = None
+    """The settings, the git commit of the code (None outside a checkout), device and versions of what it stands on."""
+    here, git = Path(__file__).resolve().parent, shutil.which("git")
+    commit = git and subprocess.run([git, "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = {name: version(name) for name in ("torch", "transformers", "peft", "math-verify")}
-    write_json(out / "config.json", {"settings": settings, "commit": commit, "versions": versions})
+    if "vllm" in sys.modules:  # what it is installed as differs from build to build
+        versions["vllm"] = sys.modules["vllm"].__version__
+    write_json(out / "config.json", {"settings": settings, "commit": commit or None, "device": device, "versions": versions})
 
 
 def create(out: Path, settings: dict) -> None:

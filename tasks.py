@@ -102,10 +102,8 @@ def ask(problem: str, boxed: bool = True) -> list[dict[str, str]]:
 
 
 def sums_part(a: int, b: int) -> str:
-    """Which part of the world a + b belongs to: "taught" (the tiny model saw it), "train" or "test" (it never did).
-
-    A checksum decides, so that tests/make_tiny.py and this file agree without a list of 81 million sums.
-    """
+    """Which part of the world a + b belongs to: "taught" (the tiny model saw it), "train" or "test" (it never did). A
+    checksum decides, so that tests/make_tiny.py and this file agree without a list of 81 million sums."""
     return ("train", "test", "taught", "taught")[zlib.crc32(f"{a}+{b}".encode()) % 4]
 
 
@@ -222,6 +220,8 @@ def load_base(name: str) -> tuple:
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer of {name!r} has no chat template: give --model an instruct model")
     model = model.to("cuda" if gpu else "cpu").eval()
+    # PyTorch's first choice on an H100: with a mask its gradients can be NaN (pytorch#196678), and new lengths cost time.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # The trainer applies the output head to chosen positions itself. A model that does more to its logits (soft-capping,
     # a scale) would be trained on wrong probabilities, so it is refused, by trying it.
     ids = torch.tensor([tokenizer.encode("1 + 1 = 2")], device=model.device)

@@ -6,12 +6,17 @@ import json
 import math
 import random
 import statistics
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import cost
 
 import evaluate
 import runs
@@ -561,3 +566,43 @@ def test_bad_input_gets_one_sentence_and_status_2_and_nothing_is_written(argumen
     assert sentence in error
     assert (files(run), files(tmp_path)) == before
     assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------------------------------- benchmarks/cost.py
+
+
+def test_what_a_step_costs_against_a_table_made_by_hand(tmp_path, capsys, monkeypatch):
+    steps = [
+        (9, 8, 0, 0, 9, 1000),
+        (2, 1, 0, 1, 4, 1300),
+        (2, 2, 1, 3, 8, 1700),
+        (5, 1, 0, 4, 10, 2900),
+    ]  # the first compiles
+    names = ("time/rollouts", "time/references", "time/rewards", "time/update", "step_time", "num_tokens")
+    lines = [json.dumps(dict(zip(names, step, strict=True))) + "\n" for step in steps]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "config.json").write_text('{"device": "NVIDIA H100"}')
+    expected = {
+        "device": "NVIDIA H100",
+        "steps measured": "3",
+        "seconds a step": "8.0 (4.0 to 10.0)",
+        "... of it rollouts": "50% (25% to 50%)",
+        "... of it references": "25% (10% to 25%)",
+        "... of it rewards": "0% (0% to 12%)",
+        "... of it update": "38% (25% to 40%)",
+        "generated tokens a step": "400 (300 to 1200)",
+        "... a second of sampling": "100 (100 to 200)",
+        "... a second of the step": "75 (50 to 120)",
+        "peak memory, GiB": "not measured",
+        "minutes in all": "not measured",
+    }
+    assert cost.cost(tmp_path) == expected
+    (tmp_path / "results.json").write_text('{"peak_gib": 61.24, "minutes": 9.96}')
+    assert cost.cost(tmp_path) == expected | {"peak memory, GiB": "61.2", "minutes in all": "10.0"}
+    (tmp_path / "metrics.jsonl").write_text(lines[0])  # one step alone is better than none
+    assert cost.cost(tmp_path)["seconds a step"] == "9.0 (9.0 to 9.0)"
+    monkeypatch.setattr(sys, "argv", ["cost.py", str(tmp_path), str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit) as stopped:
+        cost.main()
+    assert stopped.value.code == 2
+    assert "nowhere holds no timed steps" in capsys.readouterr().err

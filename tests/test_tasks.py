@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 
 import tasks
 from tasks import InputError, load_healthbench, load_jsonl, load_math500, load_questions, load_sums, sums_part
@@ -108,6 +109,13 @@ def test_the_real_math500():
     # The published solution's own box against the published answer: an independent check of the whole reader.
     wrong = [q.answer for q, s in zip(questions, solutions, strict=True) if not equal(boxed_answer(s), q.answer)]
     assert len(wrong) <= 2, wrong
+
+
+def test_a_loaded_model_does_not_use_cudnns_attention():
+    """On an H100 its gradients can be NaN, and every new length waits for a plan; vLLM turns it off as well."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    tasks.load_base("tiny")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_model_default_depends_on_the_machine(monkeypatch):

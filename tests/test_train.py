@@ -75,6 +75,7 @@ def test_a_run_leaves_everything_that_a_reader_needs(straight, capsys):
     assert set(config["settings"]) == {*DEFAULTS, *TASKS["sums"].settings, "eval_sampling"}
     assert config["settings"]["steps"] == 6
     assert set(config["versions"]) == {"torch", "transformers", "peft", "math-verify"}
+    assert config["device"].startswith("CPU, ") == (not torch.cuda.is_available())  # else the GPU's name
     assert "commit" in config
     assert [row["step"] for row in metrics(straight)] == list(range(6))
     rollouts = lines(straight / "rollouts.jsonl")
