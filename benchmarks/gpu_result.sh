@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/gpu_result.sh MODEL TEST_JSONL OUT table            before training: 100 problems, every aggregator
 #   bash benchmarks/gpu_result.sh MODEL TEST_JSONL OUT sweep            three learning rates, the same seed, few steps
-#   bash benchmarks/gpu_result.sh MODEL TEST_JSONL OUT train LR STEPS   CaT on those 100 problems, without their labels
-#   bash benchmarks/gpu_result.sh MODEL TEST_JSONL OUT after            the trained policy, on them and on others
+#   bash benchmarks/gpu_result.sh MODEL TEST_JSONL OUT train LR STEPS   CaT on those 100 problems without labels; their table
+#   bash benchmarks/gpu_result.sh MODEL TEST_JSONL OUT held-out         the trained policy on 200 others
 #   bash benchmarks/gpu_result.sh MODEL TEST_JSONL OUT limit            a step beside the least that would do its work
 #
 # MODEL is a folder or a Hugging Face id of about 1.5B parameters, TEST_JSONL the file of MATH-500; results go to OUT. The
@@ -50,14 +50,13 @@ for line in open(sys.argv[1]):
     done
     ;;
   train)
-    python "$here/train.py" "${what[@]}" "${training[@]}" --lr "$5" --steps "$6" --out "$out/cat"
+    python "$here/train.py" "${what[@]}" "${training[@]}" --lr "${5:?LR is missing}" --steps "${6:?STEPS is missing}" \
+      --out "$out/cat"
     python "$here/benchmarks/cost.py" "$out/cat"
     ;;
-  after)
-    for on in problems others; do
-      python "$here/evaluate.py" --adapter "$out/cat" --engine-args "$engine_args" --data "$out/$on.jsonl" --sizes 8 \
-        --aggregators synthesis majority --out "$out/after-$on"
-    done
+  held-out)
+    python "$here/evaluate.py" --adapter "$out/cat" --engine-args "$engine_args" --data "$out/others.jsonl" --sizes 8 \
+      --aggregators synthesis majority --out "$out/held-out"
     ;;
   limit) # checkpointed as training is
     python "$here/benchmarks/limit.py" --model "$model" --vllm --engine-args "$engine_args" --turns 3 --gradient-checkpointing \
