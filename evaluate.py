@@ -223,9 +223,10 @@ def explain(results: dict) -> str:
 
 def save_comparison(out: Path, settings: dict, results: dict, started: float) -> None:
     """Writes results.json, table.md and comparison.png, and prints the table."""
-    # What PyTorch reserved of the GPU, for engine and trainer; without one, the process's, in KiB on Linux, without the
-    # answer checker's 0.3 GiB.
-    peak = torch.cuda.max_memory_reserved() / 2**30 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_reserved() / 2**30  # of the GPU: engine and trainer
+    else:  # of the process, in KiB on Linux; without the answer checker's 0.3 GiB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     results |= {"minutes": (time.perf_counter() - started) / 60, "peak_gib": peak}
     runs.write_json(out / "results.json", results)
     text = f"{runs.table(measured := [results | {'settings': settings}])}\n\n{explain(results)}"

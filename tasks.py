@@ -220,7 +220,7 @@ def load_base(name: str) -> tuple:
     if tokenizer.chat_template is None:
         raise InputError(f"the tokenizer of {name!r} has no chat template: give --model an instruct model")
     model = model.to("cuda" if gpu else "cpu").eval()
-    # PyTorch's first choice on an H100: with a mask its gradients can be NaN (pytorch#196678), and new lengths cost time.
+    # cuDNN's attention is PyTorch's first choice on an H100, and with a mask its gradients can be NaN (pytorch#196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     # The trainer applies the output head to chosen positions itself. A model that does more to its logits (soft-capping,
     # a scale) would be trained on wrong probabilities, so it is refused, by trying it.

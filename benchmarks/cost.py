@@ -26,23 +26,24 @@ def cost(run: Path) -> dict[str, str]:
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
     results = json.loads(end.read_text(encoding="utf-8")) if (end := run / "results.json").exists() else {}
     tokens = [after - before for before, after in pairwise([0, *(row["num_tokens"] for row in rows)])]
-    steps = list(zip(rows, tokens, strict=True))
-    steps = steps[1:] or steps
+    if len(rows) > 1:  # the first step warms up
+        rows, tokens = rows[1:], tokens[1:]
+    seconds = [row["step_time"] for row in rows]
+    sampling = [row["time/rollouts"] + row["time/references"] for row in rows]
 
-    def spread(of, form=".0f"):
-        values = [of(row, generated) for row, generated in steps]
+    def spread(values: list[float], form: str = ".0f") -> str:
         return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
-    found = {"device": config.get("device", "not known"), "steps measured": f"{len(steps)}"}
-    found["seconds a step"] = spread(lambda row, _: row["step_time"], ".1f")
-    for name in PHASES:
-        found[f"... of it {name}"] = spread(lambda row, _, name=name: row[f"time/{name}"] / row["step_time"], ".0%")
-    found["generated tokens a step"] = spread(lambda _, generated: generated)
-    sampling = lambda row: row["time/rollouts"] + row["time/references"]  # noqa: E731 -- as its neighbours
-    found["... a second of sampling"] = spread(lambda row, generated: generated / sampling(row))
-    found["... a second of the step"] = spread(lambda row, generated: generated / row["step_time"])
+    found = {"device": config.get("device", "not known"), "steps measured": f"{len(rows)}"}
+    found["seconds a step"] = spread(seconds, ".1f")
+    for phase in PHASES:
+        found[f"... of it {phase}"] = spread([row[f"time/{phase}"] / row["step_time"] for row in rows], ".0%")
+    found["generated tokens a step"] = spread(tokens)
+    found["... a second of sampling"] = spread([n / s for n, s in zip(tokens, sampling, strict=True)])
+    found["... a second of the step"] = spread([n / s for n, s in zip(tokens, seconds, strict=True)])
     found["peak memory, GiB"] = f"{results['peak_gib']:.1f}" if results else "not measured"
-    return found | {"minutes in all": f"{results['minutes']:.1f}" if results else "not measured"}
+    found["minutes in all"] = f"{results['minutes']:.1f}" if results else "not measured"
+    return found
 
 
 def main() -> None:

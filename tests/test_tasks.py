@@ -112,7 +112,7 @@ def test_the_real_math500():
 
 
 def test_a_loaded_model_does_not_use_cudnns_attention():
-    """On an H100 its gradients can be NaN, and every new length waits for a plan; vLLM turns it off as well."""
+    """On an H100 its gradients can be NaN; vLLM turns it off as well."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     tasks.load_base("tiny")
     assert not torch.backends.cuda.cudnn_sdp_enabled()

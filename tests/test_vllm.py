@@ -15,6 +15,8 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed (the README says how to test it without a GPU)")
 
+import vllm
+
 import train
 from conftest import truncated
 from grpo import token_logprobs
@@ -196,7 +198,9 @@ def test_a_run_with_vllm_trains_and_resumes(tmp_path, capsys):
     assert [row["step"] for row in rows] == [0, 1, 2]
     # Of the resumed step too: its engine has to start from the checkpoint's adapter, not from a new one.
     assert all(row["sampling/logp_difference_max"] < 1e-3 for row in rows)
-    assert json.loads((out / "config.json").read_text())["settings"]["engine"] == "vllm"
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["engine"] == "vllm"
+    assert config["versions"]["vllm"] == vllm.__version__
     captured = capsys.readouterr()
     assert "rollouts by vllm" in captured.out
     assert "| trained: CaT |" in captured.out
