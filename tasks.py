@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 TINY_MODEL = Path(__file__).resolve().parent / "models" / "tiny"
+huggingface_hub.logging.set_verbosity_error()  # without a network: our sentence, not its retries
 
 
 class InputError(Exception):
@@ -208,7 +209,6 @@ def load_base(name: str) -> tuple:
     gpu, name = torch.cuda.is_available(), str(TINY_MODEL) if name == "tiny" else name
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()  # without a network: our sentence, not its retries
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if gpu else torch.float32)
