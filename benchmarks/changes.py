@@ -29,7 +29,9 @@ HIDDEN_STATES = grpo._hidden_states
 
 def every_prompt_again(decoder, prompts, tails):
     """Each completion reads its prompt itself; token_logprobs wants the states of the tails alone."""
-    states = HIDDEN_STATES(decoder, [()] * len(prompts), [list(p) + t for p, t in zip(prompts, tails, strict=True)])
+    states = HIDDEN_STATES(
+        decoder, [()] * len(prompts), [list(p) + t for p, t in zip(prompts, tails, strict=True)]
+    )
     return [h[len(p) :] for h, p in zip(states, prompts, strict=True)]
 
 
@@ -39,7 +41,9 @@ def chunk_computed_twice(hidden, targets, head, temperature):
     def logprobs_of(states):
         logits = head(states).float() / temperature
         logprobs = torch.log_softmax(logits, dim=-1)
-        return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1).detach()
+        return logprobs.gather(-1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(
+            -1
+        ).detach()
 
     return checkpoint(logprobs_of, hidden, use_reentrant=False)
 
@@ -50,38 +54,58 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True, help="tiny, a folder or a Hugging Face id")
     shape_flags(parser)
-    parser.add_argument("--turns", type=int, default=3, help="turns that count, after one that warms up")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="turns that count, after one that warms up"
+    )
     s = parser.parse_args()
     base, tokenizer = load_base(s.model)
     model = add_lora(base, 16, 0)
     engine = rollout.TransformersEngine(model, tokenizer)
     engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled
     engine.encode = lambda text: tokenizer(text).input_ids
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0
+    )
     prompts = prompts_of(tokenizer, s.prompts, s.prompt_tokens)
 
     def sampling():
         return engine.sample(prompts, s.n, max_new_tokens=s.new_tokens)
 
     groups = sampling()
-    advantage = advantages(torch.tensor([[reward_of(o.ids) for o in group] for group in groups])).flatten()
+    advantage = advantages(
+        torch.tensor([[reward_of(o.ids) for o in group] for group in groups])
+    ).flatten()
     rollouts = [o for group in groups for o in group]
 
     def update(beta: float = 1e-3, silent: int = 0):
-        some = torch.cat([torch.zeros(silent), advantage[silent:]])  # `silent` rollouts without advantage
+        some = torch.cat(
+            [torch.zeros(silent), advantage[silent:]]
+        )  # `silent` rollouts without advantage
         grpo.update(model, optimizer, rollouts, some, beta=beta)
 
     # name: what puts the form before the technique back in its place
     without = {
-        "update: a prompt is read once for its completions": mock.patch.object(grpo, "_hidden_states", every_prompt_again),
-        "update: the head's derivatives are taken at once": mock.patch.object(grpo, "_chunk_logprobs", chunk_computed_twice),
-        "sampling: room for keys and values": mock.patch.object(rollout, "_BufferLayer", lambda _: DynamicLayer()),  # noqa: PT008
+        "update: a prompt is read once for its completions": mock.patch.object(
+            grpo, "_hidden_states", every_prompt_again
+        ),
+        "update: the head's derivatives are taken at once": mock.patch.object(
+            grpo, "_chunk_logprobs", chunk_computed_twice
+        ),
+        "sampling: room for keys and values": mock.patch.object(
+            rollout, "_BufferLayer", lambda _: DynamicLayer()
+        ),  # noqa: PT008
     }
-    logprobs = torch.log_softmax(torch.randn(s.prompts * s.n, base.get_input_embeddings().num_embeddings), dim=-1)
+    logprobs = torch.log_softmax(
+        torch.randn(s.prompts * s.n, base.get_input_embeddings().num_embeddings), dim=-1
+    )
 
     def draw():  # as rollout.py does
         cumulated = logprobs.double().exp_().cumsum(-1)
-        torch.searchsorted(cumulated, torch.rand(len(logprobs), 1, dtype=torch.double) * cumulated[:, -1:], right=True)
+        torch.searchsorted(
+            cumulated,
+            torch.rand(len(logprobs), 1, dtype=torch.double) * cumulated[:, -1:],
+            right=True,
+        )
 
     silent = s.prompts // 2 * s.n
     ratios: dict[str, list[float]] = {}
@@ -101,12 +125,16 @@ def main() -> None:
         name = "sampling, the draw alone: one random number a token"
         measured[name] = seconds(lambda: torch.multinomial(logprobs.exp(), 1)) / seconds(draw)
         if silent:
-            name = f"update, beta 0: groups that agree are left out ({s.prompts // 2} of {s.prompts})"
+            name = (
+                f"update, beta 0: groups that agree are left out ({s.prompts // 2} of {s.prompts})"
+            )
             measured[name] = seconds(lambda: update(0.0)) / seconds(lambda: update(0.0, silent))
         for name, ratio in measured.items() if turn else ():  # the first turn warms up
             ratios.setdefault(name, []).append(ratio)
     for name, values in ratios.items():
-        print(f"{name:60s} {statistics.median(values):.2f} times faster ({min(values):.2f} to {max(values):.2f})")
+        print(
+            f"{name:60s} {statistics.median(values):.2f} times faster ({min(values):.2f} to {max(values):.2f})"
+        )
 
 
 if __name__ == "__main__":

@@ -40,10 +40,16 @@ def step(gpus: int, prompts: int, new: int) -> dict[str, float]:
     batches = math.ceil(prompts * G / (MICRO_BATCH // sequence))
     # Per token: the reference's pass, the policy's, the same again for checkpointing, and the backward pass, which for a
     # frozen base costs as much as a forward one. Four forward passes.
-    update = math.ceil(batches / gpus) * 4 * forward_flops(MICRO_BATCH // sequence * sequence, sequence / 2)
+    update = (
+        math.ceil(batches / gpus)
+        * 4
+        * forward_flops(MICRO_BATCH // sequence * sequence, sequence / 2)
+    )
     return {
-        "rollouts": forward_flops(mine * PROMPT, PROMPT / 2) / FLOPS + decode_seconds(mine * G, PROMPT, new),
-        "references": forward_flops(mine * G * new, G * new / 2) / FLOPS + decode_seconds(mine, G * new, new),
+        "rollouts": forward_flops(mine * PROMPT, PROMPT / 2) / FLOPS
+        + decode_seconds(mine * G, PROMPT, new),
+        "references": forward_flops(mine * G * new, G * new / 2) / FLOPS
+        + decode_seconds(mine, G * new, new),
         "update": update / FLOPS,
         "exchange": 2 * (gpus - 1) / gpus * 4 * LORA / EXCHANGE,
     }
@@ -53,12 +59,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="numbers of GPUs, a rank each")
-    parser.add_argument("--prompts", type=int, default=32, help="questions a step, of 8 rollouts each")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[1, 8, 64], help="numbers of GPUs, a rank each"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=32, help="questions a step, of 8 rollouts each"
+    )
     parser.add_argument("--new-tokens", type=int, default=1536, help="length of every completion")
     parser.add_argument("--steps", type=int, default=1000, help="training steps")
     s = parser.parse_args()
-    print(f"seconds a step, {s.prompts} x {G} rollouts of {s.new_tokens} tokens; then {s.steps} steps")
+    print(
+        f"seconds a step, {s.prompts} x {G} rollouts of {s.new_tokens} tokens; then {s.steps} steps"
+    )
     print("GPUs  rollouts  references  update  exchange    step    hours  GPU hours  times faster")
     first = None
     for gpus in s.gpus:
@@ -66,7 +78,9 @@ def main() -> None:
         total = sum(parts.values())
         first, hours = first or total, total * s.steps / 3600
         cells = f"{parts['rollouts']:8.1f}  {parts['references']:10.1f}  {parts['update']:6.1f}  {parts['exchange']:8.1f}"
-        print(f"{gpus:4d}  {cells}  {total:6.1f}  {hours:7.1f}  {hours * gpus:9.0f}  {first / total:12.1f}")
+        print(
+            f"{gpus:4d}  {cells}  {total:6.1f}  {hours:7.1f}  {hours * gpus:9.0f}  {first / total:12.1f}"
+        )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,15 @@ import time
 
 import torch
 
-parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-parser.add_argument("--numbers", type=int, default=66_000_000, help="of the LoRA; the default is rank 32 on Qwen3-4B")
+parser = argparse.ArgumentParser(
+    description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+)
+parser.add_argument(
+    "--numbers",
+    type=int,
+    default=66_000_000,
+    help="of the LoRA; the default is rank 32 on Qwen3-4B",
+)
 parser.add_argument("--repeats", type=int, default=5, help="times")
 s = parser.parse_args()
 torch.distributed.init_process_group("gloo")
@@ -20,4 +27,7 @@ for _ in range(s.repeats):
     torch.distributed.all_reduce(gradients)
     seconds = time.perf_counter() - started
     if torch.distributed.get_rank() == 0:
-        print(f"{4 * s.numbers / 1e6:.0f} MB over {torch.distributed.get_world_size()} ranks: {seconds:.2f} s", flush=True)
+        print(
+            f"{4 * s.numbers / 1e6:.0f} MB over {torch.distributed.get_world_size()} ranks: {seconds:.2f} s",
+            flush=True,
+        )

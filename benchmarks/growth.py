@@ -52,27 +52,39 @@ def measure(s: argparse.Namespace) -> dict[str, float]:
         return torch.randint(10, vocabulary, (count,), generator=generator).tolist()
 
     if s.part == "update":
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0
+        )
 
         def work(n: int, length: int, prompt: list[int]) -> None:
-            rollouts = [Rollout("", random_ids(length), [-1.0] * length, "length", prompt) for _ in range(n)]
+            rollouts = [
+                Rollout("", random_ids(length), [-1.0] * length, "length", prompt) for _ in range(n)
+            ]
             advantage = advantages(torch.rand(1, n, generator=generator)).flatten()
-            update(model, optimizer, rollouts, advantage, beta=1e-3, token_budget=s.micro_batch_tokens)
+            update(
+                model, optimizer, rollouts, advantage, beta=1e-3, token_budget=s.micro_batch_tokens
+            )
     else:
         engine = TransformersEngine(model, tokenizer)
-        engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled: every rollout has the same length
+        engine.stop_ids = [
+            len(tokenizer) + 10**6
+        ]  # never sampled: every rollout has the same length
         engine.encode = lambda ids: ids  # the prompt is ids already
 
         def work(n: int, length: int, prompt: list[int]) -> None:
             (group,) = engine.sample([prompt], n, max_new_tokens=length)
             assert [len(o.ids) for o in group] == [length] * n
 
-    work(2, 8, random_ids(8))  # first calls are slow; and the optimizer's state is there from here on
+    work(
+        2, 8, random_ids(8)
+    )  # first calls are slow; and the optimizer's state is there from here on
     prompt, seconds = random_ids(s.prompt_tokens), []
     # Loading takes more than the model does, for a moment, which would hide what less takes later.
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):  # Linux: 5 resets the high-water mark, ru_maxrss with it
+    elif os.access(
+        "/proc/self/clear_refs", os.W_OK
+    ):  # Linux: 5 resets the high-water mark, ru_maxrss with it
         Path("/proc/self/clear_refs").write_text("5")
     loaded = peak_gib()
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -83,10 +95,17 @@ def measure(s: argparse.Namespace) -> dict[str, float]:
         wait()
         seconds.append(time.perf_counter() - started)
     # The least: whatever else the machine does can only add to it.
-    return {"seconds": min(seconds), "gib": peak_gib(), "loaded": loaded, "cuda": torch.cuda.is_available()}
+    return {
+        "seconds": min(seconds),
+        "gib": peak_gib(),
+        "loaded": loaded,
+        "cuda": torch.cuda.is_available(),
+    }
 
 
-def draw(path: Path, points: list[dict], series: dict[str, list], a: float, b: float, title: str) -> None:
+def draw(
+    path: Path, points: list[dict], series: dict[str, list], a: float, b: float, title: str
+) -> None:
     import matplotlib
 
     matplotlib.use("Agg")  # a file, on a machine that may have no screen
@@ -95,21 +114,47 @@ def draw(path: Path, points: list[dict], series: dict[str, list], a: float, b: f
     plt.rcParams["font.size"] = 13
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     by_size, far = {(p["g"], p["t"]): p for p in points}, max(p["tokens"] for p in points)
-    for (name, sizes), marker, colour in zip(series.items(), "os", ("tab:blue", "tab:orange"), strict=True):
+    for (name, sizes), marker, colour in zip(
+        series.items(), "os", ("tab:blue", "tab:orange"), strict=True
+    ):
         chosen = [by_size[size] for size in sizes]
         x = [p["tokens"] for p in chosen]
         # The point that both series have in common is drawn by both: the larger marker stays visible under the other.
-        style = {"linestyle": "none", "marker": marker, "color": colour, "markersize": 11 if marker == "o" else 7}
+        style = {
+            "linestyle": "none",
+            "marker": marker,
+            "color": colour,
+            "markersize": 11 if marker == "o" else 7,
+        }
         left.plot(x, [p["update"]["seconds"] for p in chosen], label=name, **style)
         right.plot(x, [p["update"]["gib"] for p in chosen], label=f"update, {name}", **style)
-        right.plot(x, [p["sampling"]["gib"] for p in chosen], label=f"sampling, {name}", fillstyle="none", **style)
-    left.plot([0, far], [a, a + b * far], color="grey", label=f"{a:.2g} s + {1e6 * b:.0f} µs per token", zorder=0)
-    right.axhline(max(p["update"]["loaded"] for p in points), color="grey", linestyle=":", label="model loaded")
+        right.plot(
+            x,
+            [p["sampling"]["gib"] for p in chosen],
+            label=f"sampling, {name}",
+            fillstyle="none",
+            **style,
+        )
+    left.plot(
+        [0, far],
+        [a, a + b * far],
+        color="grey",
+        label=f"{a:.2g} s + {1e6 * b:.0f} µs per token",
+        zorder=0,
+    )
+    right.axhline(
+        max(p["update"]["loaded"] for p in points),
+        color="grey",
+        linestyle=":",
+        label="model loaded",
+    )
     left.set(xlabel="tokens read, prompt + G × T", ylabel="seconds of one update")
     right.set(xlabel="tokens read, prompt + G × T", ylabel="peak memory, GiB")
     for axis in (left, right):
         axis.set_xlim(left=0)
-        axis.set_ylim(0, 1.5 * axis.get_ylim()[1])  # from 0, so that heights are in proportion; room for the legend
+        axis.set_ylim(
+            0, 1.5 * axis.get_ylim()[1]
+        )  # from 0, so that heights are in proportion; room for the legend
         axis.grid(alpha=0.3)
         axis.legend(fontsize=11, loc="upper left")
     figure.suptitle(title, fontsize=13)
@@ -122,24 +167,56 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--model", required=True, help="tiny, a folder or a Hugging Face id")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model")
-    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of the one prompt, P")
-    parser.add_argument("--gs", type=int, nargs="+", default=[2, 4, 8, 16, 32], help="rollouts G, one series of points")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=210, help="length of the one prompt, P"
+    )
+    parser.add_argument(
+        "--gs",
+        type=int,
+        nargs="+",
+        default=[2, 4, 8, 16, 32],
+        help="rollouts G, one series of points",
+    )
     parser.add_argument("--new-tokens", type=int, default=64, help="length T in that series")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024], help="lengths T, the other series"
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256, 512, 1024],
+        help="lengths T, the other series",
     )
     parser.add_argument("--g", type=int, default=4, help="rollouts G in that series")
-    parser.add_argument("--micro-batch-tokens", type=int, default=2048, help="token_budget of the update, in all points")
     parser.add_argument(
-        "--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False, help="of the model"
+        "--micro-batch-tokens",
+        type=int,
+        default=2048,
+        help="token_budget of the update, in all points",
     )
-    parser.add_argument("--repeats", type=int, default=2, help="updates a point that are timed; the fastest counts")
+    parser.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="of the model",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="updates a point that are timed; the fastest counts"
+    )
     parser.add_argument("--plot", type=Path, default=Path("growth.png"), help="where the plot goes")
     parser.add_argument(
-        "--point", type=lambda text: tuple(map(int, text.split(","))), metavar="G,T", help="measure this alone"
+        "--point",
+        type=lambda text: tuple(map(int, text.split(","))),
+        metavar="G,T",
+        help="measure this alone",
     )
-    parser.add_argument("--part", default="update", choices=("update", "sampling"), help="of --point: what is measured")
+    parser.add_argument(
+        "--part",
+        default="update",
+        choices=("update", "sampling"),
+        help="of --point: what is measured",
+    )
     s = parser.parse_args()
     if s.point:
         print(json.dumps(measure(s)))
@@ -150,13 +227,29 @@ def main() -> None:
     series = {f"T = {s.new_tokens}, G varies": [(g, s.new_tokens) for g in s.gs]}
     series[f"G = {s.g}, T varies"] = [(s.g, t) for t in s.lengths]
     points = []
-    for g, t in dict.fromkeys(size for sizes in series.values() for size in sizes):  # a size of both series, once
+    for g, t in dict.fromkeys(
+        size for sizes in series.values() for size in sizes
+    ):  # a size of both series, once
         points.append({"g": g, "t": t, "tokens": s.prompt_tokens + g * t})
         for part in ("update", "sampling"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--point", f"{g},{t}", "--part", part]
-            lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+            command = [
+                sys.executable,
+                __file__,
+                *sys.argv[1:],
+                "--point",
+                f"{g},{t}",
+                "--part",
+                part,
+            ]
+            lines = subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, text=True
+            ).stdout.splitlines()
             points[-1][part] = json.loads(lines[-1])
-        print(f"G {g}, T {t}: update {points[-1]['update']['seconds']:.2f} s", file=sys.stderr, flush=True)
+        print(
+            f"G {g}, T {t}: update {points[-1]['update']['seconds']:.2f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
     x, y = (
         np.array(values, dtype=float)
@@ -178,7 +271,9 @@ def main() -> None:
             f"{v['gib']:5.2f} ({v['loaded']:.2f})"
         )
     squared = 1 - ((y - line) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-    print(f"\nupdate: seconds = {a:.3f} + {1e6 * b:.1f}e-6 * tokens, R^2 = {squared:.4f}, over {len(points)} points")
+    print(
+        f"\nupdate: seconds = {a:.3f} + {1e6 * b:.1f}e-6 * tokens, R^2 = {squared:.4f}, over {len(points)} points"
+    )
     print(
         "A prompt is counted once; the update reads it once in each micro-batch. Sampling's memory holds all its KV cache."
     )

@@ -40,7 +40,9 @@ def correlation(coefficient, a: np.ndarray, b: np.ndarray, blind: float = np.nan
     return blind if np.ptp(a[both]) == 0 else float(coefficient(a[both], b[both]).statistic)
 
 
-def agreement(reward: np.ndarray, truth: np.ndarray, draws: int = 1000) -> dict[tuple[str, str], tuple]:
+def agreement(
+    reward: np.ndarray, truth: np.ndarray, draws: int = 1000
+) -> dict[tuple[str, str], tuple]:
     """(where, coefficient) -> (estimate, low, high, number of questions). `reward` and `truth` (Q, G).
 
     The responses of a question belong together, so the bootstrap draws questions, each with all its responses.
@@ -54,8 +56,14 @@ def agreement(reward: np.ndarray, truth: np.ndarray, draws: int = 1000) -> dict[
         known = np.array(drawn)[~np.isnan(drawn)]
         ends = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
         used = int((~np.isnan(reward + truth)).any(axis=1).sum())
-        found["overall", name] = (correlation(coefficient, reward.ravel(), truth.ravel()), *ends, used)
-        each = np.array([correlation(coefficient, r, t, blind=0.0) for r, t in zip(reward, truth, strict=True)])  # (Q,)
+        found["overall", name] = (
+            correlation(coefficient, reward.ravel(), truth.ravel()),
+            *ends,
+            used,
+        )
+        each = np.array(
+            [correlation(coefficient, r, t, blind=0.0) for r, t in zip(reward, truth, strict=True)]
+        )  # (Q,)
         i = runs.interval(each)
         found["within", name] = (i["mean"], i["low"], i["high"], int((~np.isnan(each)).sum()))
     return found
@@ -63,7 +71,9 @@ def agreement(reward: np.ndarray, truth: np.ndarray, draws: int = 1000) -> dict[
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        out, settings, _ = settle(vars(parser_of(__doc__.split("\n")[0], EVALUATION).parse_args(argv)))
+        out, settings, _ = settle(
+            vars(parser_of(__doc__.split("\n")[0], EVALUATION).parse_args(argv))
+        )
         s = argparse.Namespace(**settings)
         _, questions = load_questions(s)
         if not all(q.rubric for q in questions):
@@ -71,9 +81,14 @@ def main(argv: list[str] | None = None) -> int:
         base, tokenizer = load_base(s.model)
         runs.create(out, settings | {"evaluation": True})
         engine, judge = load_engine(s, add_lora(base, s.lora_rank, s.seed), tokenizer, out.parent)
-        sampling = {"temperature": s.temperature, "max_new_tokens": s.max_new_tokens}  # as in training: its spread is meant
+        sampling = {
+            "temperature": s.temperature,
+            "max_new_tokens": s.max_new_tokens,
+        }  # as in training: its spread is meant
         prompts = [q.messages for q in questions]
-        groups = engine.sample(prompts, s.group_size, policy=False, seed=seed_of(s.seed, "validity"), **sampling)
+        groups = engine.sample(
+            prompts, s.group_size, policy=False, seed=seed_of(s.seed, "validity"), **sampling
+        )
         anchor = Anchor(engine, partial(seed_of, s.seed, "validity", "anchor"), **sampling)
         references = AGGREGATORS["synthesis"](questions, groups, anchor, False)
         marked = {
@@ -92,14 +107,24 @@ def main(argv: list[str] | None = None) -> int:
         found = agreement(marked[name].values.double().numpy(), truth)
         for where in ("overall", "within"):
             numbers = [found[where, c] for c in COEFFICIENTS]
-            shown = [f"{m:+.2f} ({low:+.2f} to {high:+.2f})" if m == m else "none" for m, low, high, _ in numbers]
+            shown = [
+                f"{m:+.2f} ({low:+.2f} to {high:+.2f})" if m == m else "none"
+                for m, low, high, _ in numbers
+            ]
             cells.append([name, where, *shown, f"{numbers[0][3]} of {len(questions)}"])
-    rows = {name: {"values": r.values.numpy(), "stats": r.stats, "details": r.details} for name, r in marked.items()}
+    rows = {
+        name: {"values": r.values.numpy(), "stats": r.stats, "details": r.details}
+        for name, r in marked.items()
+    }
     for row in rows.values():
-        row["values"] = np.where(np.isnan(row["values"]), None, row["values"].astype(object)).tolist()
+        row["values"] = np.where(
+            np.isnan(row["values"]), None, row["values"].astype(object)
+        ).tolist()
     runs.write_json(out / "validity.json", {"rewards": rows})
     print("\n".join(runs.markdown(cells)))
-    print(f"\ncorrelation with the physicians' score (95% interval over questions); {out}/validity.json holds every verdict")
+    print(
+        f"\ncorrelation with the physicians' score (95% interval over questions); {out}/validity.json holds every verdict"
+    )
     return 0
 
 

@@ -21,12 +21,18 @@ from tasks import add_lora, load_base
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny", help="tiny, a folder or a Hugging Face id; default: tiny")
+    parser.add_argument(
+        "--model", default="tiny", help="tiny, a folder or a Hugging Face id; default: tiny"
+    )
     parser.add_argument("--prompts", type=int, default=1, help="different prompts; default: 1")
-    parser.add_argument("--prompt-tokens", type=int, default=200, help="length of each; default: 200")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=200, help="length of each; default: 200"
+    )
     parser.add_argument("--n", type=int, default=8, help="rollouts a prompt; default: 8")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout; default: 64")
-    parser.add_argument("--turns", type=int, default=5, help="times that each is measured; default: 5")
+    parser.add_argument(
+        "--turns", type=int, default=5, help="times that each is measured; default: 5"
+    )
     s = parser.parse_args()
     base, tokenizer = load_base(s.model)
     model = add_lora(base, 16, 0)
@@ -34,7 +40,9 @@ def main() -> None:
     engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled: every rollout has the same length
     engine.encode = lambda ids: ids  # the prompts below are ids already
     generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(10, 300, (s.prompts, s.prompt_tokens), generator=generator).to(model.device)
+    prompts = torch.randint(10, 300, (s.prompts, s.prompt_tokens), generator=generator).to(
+        model.device
+    )
 
     def ours() -> int:
         groups = engine.sample(prompts.tolist(), s.n, max_new_tokens=s.new_tokens)
@@ -58,11 +66,15 @@ def main() -> None:
             assert tokens == s.prompts * s.n * s.new_tokens
     ratios = [b / a for a, b in zip(seconds[ours], seconds[generate], strict=True)]
     threads = torch.get_num_threads()
-    print(f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}, {threads} threads")
+    print(
+        f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}, {threads} threads"
+    )
     for name, f in (("generate", generate), ("ours", ours)):
         median = statistics.median(seconds[f])
         print(f"{name:9s} {median:7.2f} s  {tokens / median:7.0f} tokens/s")
-    print(f"ratio     {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f} in {s.turns} turns)")
+    print(
+        f"ratio     {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f} in {s.turns} turns)"
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests fetch nothing; one that meant to would fail at once
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # they compare with float32 on the CPU, on machines with a GPU too
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # the tests fetch nothing; one that meant to would fail at once
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # they compare with float32 on the CPU, on machines with a GPU too
+)
 
 import pytest
 import torch

@@ -41,11 +41,19 @@ from tasks import TINY_MODEL, add_lora, load_base, load_sums, sums_messages, sum
 
 PLACES = ("ones", "tens", "hundreds", "thousands")
 LAYERS, HIDDEN, HEADS, CONTEXT = 3, 128, 4, 2048
-ANSWERS, ATTEMPTS = 48, 144  # a step's rows of answers; attempts shown in its syntheses, 144 / 8 = 18 rows of eight
+ANSWERS, ATTEMPTS = (
+    48,
+    144,
+)  # a step's rows of answers; attempts shown in its syntheses, 144 / 8 = 18 rows of eight
 STAGES = (
     # steps, peak learning rate, slips per column in answers, and in the attempts shown to a synthesis
     (1600, 4e-3, 0.19, 0.19),  # the task, and copying: few attempts first, up to eight at the end
-    (800, 2e-3, 0.19, 0.30),  # weighing eight attempts: who trusts a single one of these is wrong often
+    (
+        800,
+        2e-3,
+        0.19,
+        0.30,
+    ),  # weighing eight attempts: who trusts a single one of these is wrong often
     (1000, 2e-3, 0.21, 0.30),  # once more; 0.79 ** 4 = 0.39 of these answers are right
 )
 END = "<|end|>"
@@ -93,11 +101,17 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d|[a-z]+: |\\boxed\{|[+=}?]|\n+| ?[^\s\d+=}\\?]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     attempts = [worked_sum(*draw(rng), 0.0, rng) for _ in range(8)]
-    corpus = [synthesis_messages(attempts)[0]["content"], sums_messages(*draw(rng))[0]["content"]] * 10
+    corpus = [
+        synthesis_messages(attempts)[0]["content"],
+        sums_messages(*draw(rng))[0]["content"],
+    ] * 10
     tokenizer.train_from_iterator(
         corpus,
         trainers.BpeTrainer(
@@ -109,11 +123,17 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     )
     # Padding is the end token, as in many real models: whoever masks by id instead of by length breaks here first.
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=END, chat_template=CHAT_TEMPLATE, model_max_length=CONTEXT
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=END,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=CONTEXT,
     )
 
 
-def batch(tokenizer, count: int, slip: float, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(
+    tokenizer, count: int, slip: float, rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, targets), each (rows, width): answers where `count` is 0, else syntheses of `count` attempts each. Targets
     are -100 outside the assistant's turn."""
     rows = []
@@ -124,7 +144,9 @@ def batch(tokenizer, count: int, slip: float, rng: random.Random) -> tuple[torch
         else:
             messages = synthesis_messages([worked_sum(a, b, slip, rng) for _ in range(count)])
             text = worked_sum(a, b, 0.0, rng)
-        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         rows.append((prompt, tokenizer.encode(text + END)))
     width = max(len(p) + len(t) for p, t in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -143,16 +165,23 @@ def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
     for step in range(steps):
         for group in optimizer.param_groups:  # warm-up, constant, and down to 0 over the last third
             group["lr"] = peak * min(1, (step + 1) / 200, 3 * (1 - step / steps))
-        if stage == 0:  # few attempts first: copying one is the first thing to learn, and short texts teach it fastest
+        if (
+            stage == 0
+        ):  # few attempts first: copying one is the first thing to learn, and short texts teach it fastest
             most = 1 + min(7, 10 * step // steps)
             count = rng.randint(1, most) if step % 2 else most
         else:
             count = 8 if step % 4 else rng.randint(1, 8)
         losses = {}
-        for kind, shown in (("answers", (0, answer_slip)), (f"syntheses of {count}", (count, attempt_slip))):
+        for kind, shown in (
+            ("answers", (0, answer_slip)),
+            (f"syntheses of {count}", (count, attempt_slip)),
+        ):
             ids, targets = batch(tokenizer, *shown, rng)
             chosen = targets[:, 1:] != -100
-            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][chosen]  # (tokens, H): right padding, causal
+            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][
+                chosen
+            ]  # (tokens, H): right padding, causal
             loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[:, 1:][chosen])
             loss.backward()
             losses[kind] = loss.item()
@@ -161,14 +190,19 @@ def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             shown = "  ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
-            print(f"stage {stage}  step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}", flush=True)
+            print(
+                f"stage {stage}  step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}",
+                flush=True,
+            )
 
 
 def build(out: Path, steps: Sequence[int]) -> None:
     """Teach a new model, `steps` steps in each stage, and write it to `out`."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # sums are split among threads: another number of them gives other last bits
+    torch.set_num_threads(
+        2
+    )  # sums are split among threads: another number of them gives other last bits
     rng = random.Random(0)
     tokenizer = make_tokenizer(rng)
     config = LlamaConfig(
@@ -186,10 +220,15 @@ def build(out: Path, steps: Sequence[int]) -> None:
         dtype="bfloat16",
     )
     model = LlamaForCausalLM(config).float()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}",
+        flush=True,
+    )
     for stage in range(len(STAGES)):
         teach(model, tokenizer, stage, steps[stage], rng if stage == 0 else random.Random(stage))
-        with torch.no_grad():  # to the precision it is saved in, so that a stage can start from a saved one
+        with (
+            torch.no_grad()
+        ):  # to the precision it is saved in, so that a stage can start from a saved one
             for p in model.parameters():
                 p.copy_(p.bfloat16())
     torch.set_num_threads(threads)
@@ -216,7 +255,9 @@ def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
     references, votes = write(groups), majority(questions, groups)
     greedy = engine.sample(prompts, 1, temperature=0, **sampling)
     single = correct(questions, [[o.text for o in group] for group in groups])  # (Q, G)
-    voted, written = (correct(questions, [[s.text] for s in made]) for made in (votes, references))  # (Q, 1)
+    voted, written = (
+        correct(questions, [[s.text] for s in made]) for made in (votes, references)
+    )  # (Q, 1)
     for name, values in {
         "one answer": single,
         "one answer, temperature 0": correct(questions, [[g[0].text] for g in greedy]),
@@ -227,20 +268,37 @@ def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
         i = interval(values.mean(dim=1))
         print(f"{name:28s} {i['mean']:.3f} ± {i['error']:.3f}")
     gain = interval((written - voted)[:, 0])
-    print(f"synthesis minus majority     {gain['mean']:+.3f} ± {gain['error']:.3f}, question by question")
-    differs = [not equal(boxed_answer(s.text), boxed_answer(v.text)) for s, v in zip(references, votes, strict=True)]
+    print(
+        f"synthesis minus majority     {gain['mean']:+.3f} ± {gain['error']:.3f}, question by question"
+    )
+    differs = [
+        not equal(boxed_answer(s.text), boxed_answer(v.text))
+        for s, v in zip(references, votes, strict=True)
+    ]
     right = written[:, 0].bool()
     print(f"synthesis differs from the majority on {sum(differs)} of {len(questions)}, "
           f"right on {int(right[torch.tensor(differs)].sum())} of those")  # fmt: skip
     hopeless = single.sum(dim=1) == 0
-    print(f"no rollout right on {int(hopeless.sum())} questions, synthesis right on {int(right[hopeless].sum())} of those")
+    print(
+        f"no rollout right on {int(hopeless.sum())} questions, synthesis right on {int(right[hopeless].sum())} of those"
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=TINY_MODEL, help="folder to write; default: models/tiny")
-    parser.add_argument("--steps", type=int, nargs=3, default=[stage[0] for stage in STAGES], help="steps of the stages")
-    parser.add_argument("--measure", action="store_true", help="build nothing, measure what is there")
+    parser.add_argument(
+        "--out", type=Path, default=TINY_MODEL, help="folder to write; default: models/tiny"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=3,
+        default=[stage[0] for stage in STAGES],
+        help="steps of the stages",
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="build nothing, measure what is there"
+    )
     arguments = parser.parse_args()
     if not arguments.measure:
         build(arguments.out, arguments.steps)

@@ -27,7 +27,10 @@ from settings import settle
 from synthesize import AGGREGATORS, Reference
 from tasks import InputError, Question, load_questions, load_sums, seed_of
 
-QUESTIONS = [Question([{"role": "user", "content": q}], a) for q, a in (("a", "1/2"), ("b", "3"), ("c", None))]
+QUESTIONS = [
+    Question([{"role": "user", "content": q}], a)
+    for q, a in (("a", "1/2"), ("b", "3"), ("c", None))
+]
 
 
 def box(answer):
@@ -67,14 +70,22 @@ def test_a_few_runs_vary_as_much_as_their_unbiased_deviation_says(run_means):
     between = statistics.variance(run_means) / len(run_means)
     error = runs.interval(np.repeat(np.array(run_means)[:, None], 50, axis=1))["error"]
     assert error == pytest.approx(math.sqrt(between), rel=0.03)
-    spread = np.random.default_rng(2).normal(0, 2, 200)  # questions differ as well, the same in all runs: variances add
+    spread = np.random.default_rng(2).normal(
+        0, 2, 200
+    )  # questions differ as well, the same in all runs: variances add
     error = runs.interval(np.array(run_means)[:, None] + spread)["error"]
     assert error == pytest.approx(math.sqrt(between + statistics.variance(spread) / 200), rel=0.03)
 
 
 def test_one_run_is_a_plain_bootstrap_over_questions():
-    rng, values = random.Random(3), np.random.default_rng(3).gamma(0.5, 0.2, 40) - 0.08  # skewed, and not far from 0
-    unbiased, student = math.sqrt(40 / 39), 2.0227 / 1.9600  # t's and the normal's 97.5% quantile, 39 degrees of freedom
+    rng, values = (
+        random.Random(3),
+        np.random.default_rng(3).gamma(0.5, 0.2, 40) - 0.08,
+    )  # skewed, and not far from 0
+    unbiased, student = (
+        math.sqrt(40 / 39),
+        2.0227 / 1.9600,
+    )  # t's and the normal's 97.5% quantile, 39 degrees of freedom
     drawn_means = (statistics.fmean(rng.choices(values.tolist(), k=40)) for _ in range(20_000))
     means = sorted(values.mean() + (m - values.mean()) * unbiased * student for m in drawn_means)
     found = runs.interval(values)
@@ -83,7 +94,9 @@ def test_one_run_is_a_plain_bootstrap_over_questions():
     assert found["error"] == pytest.approx(statistics.stdev(means) / student, rel=0.03)
     assert found["p"] == pytest.approx(2 * sum(m <= 0 for m in means) / 20_000, abs=0.015)
     assert 0.01 < found["p"] < 0.5
-    assert (found["high"] - found["mean"]) / (found["mean"] - found["low"]) > 1.1  # as skewed as the values
+    assert (found["high"] - found["mean"]) / (
+        found["mean"] - found["low"]
+    ) > 1.1  # as skewed as the values
 
 
 def test_nominal_95_percent_intervals_of_one_run_cover_the_truth_as_often():
@@ -102,13 +115,20 @@ def test_intervals_of_a_few_runs_cover_the_truth_about_as_often(n_runs, run_sd):
 def test_intervals_of_three_runs_that_differ_more_than_questions_do_cover_it_less_often():
     rng = np.random.default_rng(5)
     found = [runs.interval(drawn(rng, 3, run_sd=0.1)[0], draws=600) for _ in range(600)]
-    assert 0.88 <= sum(f["low"] <= 0.5 <= f["high"] for f in found) / 600 <= 0.95  # the README says so
+    assert (
+        0.88 <= sum(f["low"] <= 0.5 <= f["high"] for f in found) / 600 <= 0.95
+    )  # the README says so
 
 
 @pytest.mark.parametrize(("effect", "low", "high"), [(0, 0.03, 0.07), (0.12, 0.95, 1)])
-def test_p_of_a_paired_difference_is_uniform_without_an_effect_and_small_with_one(effect, low, high):
+def test_p_of_a_paired_difference_is_uniform_without_an_effect_and_small_with_one(
+    effect, low, high
+):
     rng = np.random.default_rng(6)
-    found = [runs.interval(b - a, draws=600) for a, b in (drawn(rng, 1, effect=effect) for _ in range(700))]
+    found = [
+        runs.interval(b - a, draws=600)
+        for a, b in (drawn(rng, 1, effect=effect) for _ in range(700))
+    ]
     assert low <= sum(f["p"] < 0.05 for f in found) / 700 <= high
     if not effect:
         assert 0.44 <= sum(f["p"] < 0.5 for f in found) / 700 <= 0.56
@@ -143,7 +163,9 @@ def test_clipping_is_of_the_mean_and_not_of_the_values():
     found = runs.interval([-1.0, 0.5, -0.2], clip=True)
     assert (found["mean"], found["low"]) == (0, 0)
     values = np.array([1.0] * 20 + [-0.5] * 20)
-    assert runs.interval(values, clip=True)["mean"] == pytest.approx(0.25)  # with clipped values: 0.5
+    assert runs.interval(values, clip=True)["mean"] == pytest.approx(
+        0.25
+    )  # with clipped values: 0.5
     assert runs.interval(values, clip=True)["error"] == runs.interval(values)["error"]
     assert runs.interval([1.5, 0.9, 1.0], clip=True)["high"] == 1
 
@@ -154,7 +176,9 @@ def test_pass_at_k_is_the_share_of_all_subsets_that_hold_a_right_answer():
         right = [1.0] * c + [0.0] * (n - c)
         subsets = list(itertools.combinations(right, k))
         expected = Fraction(sum(any(subset) for subset in subsets), len(subsets))
-        assert float(pass_at_k(torch.tensor([right[::-1], right]), k)[1]) == pytest.approx(float(expected), abs=1e-6)
+        assert float(pass_at_k(torch.tensor([right[::-1], right]), k)[1]) == pytest.approx(
+            float(expected), abs=1e-6
+        )
     both = pass_at_k(torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 1, 0]]), 2)
     assert both.tolist() == pytest.approx([1 / 2, 1])
 
@@ -185,7 +209,17 @@ def of_cases(cases):
 def test_the_mechanism_counts_are_those_counted_by_hand_and_what_is_right_is_unknown_without_labels():
     found = of_cases(CASES)
     thirds, quarters, halves = (1 / 3, 2 / 3), (1 / 4, 3 / 4), (1 / 2, 1 / 2)
-    shares = [thirds, halves, (1 / 2, 1 / 4, 1 / 4), (1,), halves, thirds, quarters, quarters, quarters]
+    shares = [
+        thirds,
+        halves,
+        (1 / 2, 1 / 4, 1 / 4),
+        (1,),
+        halves,
+        thirds,
+        quarters,
+        quarters,
+        quarters,
+    ]
     entropies = [-sum(p * math.log(p) for p in each) for each in shares]
     assert found.pop("entropy") == pytest.approx(statistics.fmean(entropies))
     right = {"differs_right": 3, "other_right": 4, "new_right": 2, "hopeless_right": 2}
@@ -216,11 +250,25 @@ class Recorder:
 
 
 def settings_of(**given):
-    given = {"engine": "transformers", "eval_questions": 6, "max_new_tokens": 48, "group_size": 4, **given}
+    given = {
+        "engine": "transformers",
+        "eval_questions": 6,
+        "max_new_tokens": 48,
+        "group_size": 4,
+        **given,
+    }
     return argparse.Namespace(**settle(given)[1])
 
 
-def compared(engine, aggregators=("synthesis",), sizes=(4,), trained=False, questions=None, judge=None, **given):
+def compared(
+    engine,
+    aggregators=("synthesis",),
+    sizes=(4,),
+    trained=False,
+    questions=None,
+    judge=None,
+    **given,
+):
     s = settings_of(**given)
     questions = questions or load_questions(s)[1]
     return compare(s, questions, engine, judge, aggregators, sizes, trained=trained), questions
@@ -231,7 +279,10 @@ def tokens_of(groups):
 
 
 def share_right(questions, rows):
-    return [statistics.fmean(box(q.answer) in text for text in row) for q, row in zip(questions, rows, strict=True)]
+    return [
+        statistics.fmean(box(q.answer) in text for text in row)
+        for q, row in zip(questions, rows, strict=True)
+    ]
 
 
 def test_every_aggregator_and_size_gets_a_row(engine):
@@ -242,9 +293,15 @@ def test_every_aggregator_and_size_gets_a_row(engine):
         if size > 1 or name.startswith("synthesis"):
             generates = name in ("synthesis", "synthesis-question", "self-bon")
             expected["inference", name, size] = (size + generates, 4 // size)
-    rows = {(r["kind"], r.get("aggregator"), r.get("size")): (r["generations"], r["answers"]) for r in results["rows"]}
+    rows = {
+        (r["kind"], r.get("aggregator"), r.get("size")): (r["generations"], r["answers"])
+        for r in results["rows"]
+    }
     assert rows == expected
-    assert all(len(r["values"]) == 3 and set(r["values"]) <= {k / r["answers"] for k in range(5)} for r in results["rows"])
+    assert all(
+        len(r["values"]) == 3 and set(r["values"]) <= {k / r["answers"] for k in range(5)}
+        for r in results["rows"]
+    )
     assert set(results["style"]) == {"rollouts", *names}
     assert set(results["mechanism"]) == {*names} - {"synthesis"}
     assert (results["questions"], results["judged"]) == (3, False)
@@ -254,30 +311,66 @@ def test_rows_can_be_computed_again_from_what_the_engine_was_asked_and_said(engi
     spy = Recorder(engine)
     results, questions = compared(spy, ("synthesis",), (2, 4), trained=True)
     initial, by_2, by_4, trained, on_trained = results["rows"]
-    (asked, n, options, before), (shown_2, *_, made_2), (*_, made_4), (*_, after_options, after), (shown, *_, on) = spy.calls
-    assert (asked, n, options["policy"], after_options["policy"]) == ([q.messages for q in questions], 4, False, True)
-    assert [options[k] for k in ("temperature", "top_k", "top_p", "max_new_tokens")] == [1.0, 0, 1.0, 48]
-    assert initial["values"] == share_right(questions, [[o.text for o in group] for group in before])
+    (
+        (asked, n, options, before),
+        (shown_2, *_, made_2),
+        (*_, made_4),
+        (*_, after_options, after),
+        (shown, *_, on),
+    ) = spy.calls
+    assert (asked, n, options["policy"], after_options["policy"]) == (
+        [q.messages for q in questions],
+        4,
+        False,
+        True,
+    )
+    assert [options[k] for k in ("temperature", "top_k", "top_p", "max_new_tokens")] == [
+        1.0,
+        0,
+        1.0,
+        48,
+    ]
+    assert initial["values"] == share_right(
+        questions, [[o.text for o in group] for group in before]
+    )
     assert trained["values"] == share_right(questions, [[o.text for o in group] for group in after])
     assert 0 < sum(initial["values"]) < 6
     assert before != after  # the fixture's adapter does something
-    assert by_2["values"] == share_right(questions, [[made_2[q + 6 * i][0].text for i in (0, 1)] for q in range(6)])
+    assert by_2["values"] == share_right(
+        questions, [[made_2[q + 6 * i][0].text for i in (0, 1)] for q in range(6)]
+    )
     assert by_4["values"] == share_right(questions, [[s.text] for [s] in made_4])
     assert on_trained["values"] == share_right(questions, [[s.text] for [s] in on])
-    for i, q in itertools.product((0, 1), range(6)):  # each reference is made from its own part of its own question
+    for i, q in itertools.product(
+        (0, 1), range(6)
+    ):  # each reference is made from its own part of its own question
         attempts = shown_2[q + 6 * i][0]["content"].split("<attempt>\n")[1:]
-        assert [a.split("\n</attempt>")[0] for a in attempts] == [o.text for o in before[q][2 * i : 2 * i + 2]]
-    assert all(o.text in messages[0]["content"] for messages, group in zip(shown, after, strict=True) for o in group)
+        assert [a.split("\n</attempt>")[0] for a in attempts] == [
+            o.text for o in before[q][2 * i : 2 * i + 2]
+        ]
+    assert all(
+        o.text in messages[0]["content"]
+        for messages, group in zip(shown, after, strict=True)
+        for o in group
+    )
     assert [r["generations"] for r in results["rows"]] == [1, 3, 5, 1, 5]
     assert [r["answers"] for r in results["rows"]] == [4, 2, 1, 4, 1]
-    tokens = [tokens_of(before), 2 * tokens_of(before) + tokens_of(made_2), 4 * tokens_of(before) + tokens_of(made_4)]
+    tokens = [
+        tokens_of(before),
+        2 * tokens_of(before) + tokens_of(made_2),
+        4 * tokens_of(before) + tokens_of(made_4),
+    ]
     tokens += [tokens_of(after), 4 * tokens_of(after) + tokens_of(on)]
     assert [r["tokens"] for r in results["rows"]] == pytest.approx(tokens)
 
     right = {"initial": initial["values"], "trained": trained["values"]}
-    halves = lambda groups, i: share_right(questions, [[o.text for o in g[2 * i : 2 * i + 2]] for g in groups])  # noqa: E731
+    halves = lambda groups, i: share_right(
+        questions, [[o.text for o in g[2 * i : 2 * i + 2]] for g in groups]
+    )  # noqa: E731
     unsolved = [q for q in range(6) if halves(before, 0)[q] == 0]
-    solved = [sum(halves(groups, 1)[q] > 0 for q in unsolved) for groups in (before, after)]  # fresh samples for both
+    solved = [
+        sum(halves(groups, 1)[q] > 0 for q in unsolved) for groups in (before, after)
+    ]  # fresh samples for both
     ((name, counts),) = results["coverage"].items()
     assert name == f"{len(unsolved)} questions that 2 of initial did not solve"
     assert counts == {"solved by 2 of initial": solved[0], "solved by 2 of trained": solved[1]}
@@ -299,12 +392,23 @@ def test_an_aggregator_gets_the_right_rollouts_in_parts(engine, monkeypatch):
     prompts, sampling = [q.messages for q in questions], {"temperature": 1.0, "max_new_tokens": 48}
     before = engine.sample(prompts, 4, policy=False, seed=seed_of(0, "before"), **sampling)
     after = engine.sample(prompts, 4, policy=True, seed=seed_of(0, "after"), **sampling)
-    assert [len(groups) for _, groups, _ in calls] == [12, 6, 6, 6]  # halves; three of four; all; all of pi_t
+    assert [len(groups) for _, groups, _ in calls] == [
+        12,
+        6,
+        6,
+        6,
+    ]  # halves; three of four; all; all of pi_t
     assert all(questions * (len(groups) // 6) == asked and boxed for asked, groups, boxed in calls)
     assert calls[0][1] == [group[:2] for group in before] + [group[2:] for group in before]
-    assert [groups for _, groups, _ in calls[1:]] == [[group[:3] for group in before], before, after]
+    assert [groups for _, groups, _ in calls[1:]] == [
+        [group[:3] for group in before],
+        before,
+        after,
+    ]
     _, of_2, of_3, *_ = results["rows"]
-    assert of_2["values"] == share_right(questions, [[group[1].text, group[3].text] for group in before])
+    assert of_2["values"] == share_right(
+        questions, [[group[1].text, group[3].text] for group in before]
+    )
     assert of_3["values"] == share_right(questions, [[group[2].text] for group in before])
     assert (of_2["generations"], of_2["cut"], of_3["cut"]) == (3, 12, 6)
     assert of_2["tokens"] == pytest.approx(2 * tokens_of(before) + 7)
@@ -318,7 +422,9 @@ def test_a_comparison_is_a_function_of_its_seed(engine):
     )
     seeds = [[options["seed"] for *_, options, _ in spy.calls] for spy in spies]
     assert seeds[0] == seeds[1]
-    assert len({*seeds[0], *seeds[2]}) == 2 * 4  # rollouts and references of pi_0 and pi_t: none drawn alike
+    assert (
+        len({*seeds[0], *seeds[2]}) == 2 * 4
+    )  # rollouts and references of pi_0 and pi_t: none drawn alike
     assert first == again
     assert first["digest"] == other["digest"]
     assert [r["tokens"] for r in first["rows"]] != [r["tokens"] for r in other["rows"]]
@@ -326,20 +432,30 @@ def test_a_comparison_is_a_function_of_its_seed(engine):
 
 
 def test_with_a_judge_one_answer_a_question_is_scored_and_what_it_left_open_is_none(engine):
-    questions = [Question(q.messages, rubric=(("Is kind", 4.0), ("Is rude", -1.0))) for q in load_sums(None)[1][:3]]
+    questions = [
+        Question(q.messages, rubric=(("Is kind", 4.0), ("Is rude", -1.0)))
+        for q in load_sums(None)[1][:3]
+    ]
     calls = []
 
     def judge(prompts):
         calls.extend(prompts)
         asks = [messages[0]["content"] for messages in prompts]
-        return ["hm" if questions[2].messages[0]["content"] in text and "kind" in text else "yes" for text in asks]
+        return [
+            "hm" if questions[2].messages[0]["content"] in text and "kind" in text else "yes"
+            for text in asks
+        ]
 
     spy = Recorder(engine)
-    results, _ = compared(spy, ("synthesis",), (2, 4), True, questions, judge, reward="judge", eval_questions=3)
+    results, _ = compared(
+        spy, ("synthesis",), (2, 4), True, questions, judge, reward="judge", eval_questions=3
+    )
     assert results["judged"] is True
     assert [(r["answers"], r["values"]) for r in results["rows"]] == [(1, [0.75, 0.75, None])] * 5
     assert len(calls) == 5 * 3 * 2
-    assert [len(prompts) for prompts, *_ in spy.calls] == [3] * 5  # no reference is made that is not scored
+    assert [len(prompts) for prompts, *_ in spy.calls] == [
+        3
+    ] * 5  # no reference is made that is not scored
     assert not results.keys() & {"mechanism", "pass", "coverage"}
 
 
@@ -349,7 +465,16 @@ SETTINGS = vars(settings_of(model="tiny"))
 
 
 def measured(seed=0, digest="d", judged=False, initial=(0.5, 0.0, 1.0, 0.5), more=(), **settings):
-    rows = [{"kind": "initial", "generations": 1, "tokens": 30.4, "answers": 2, "values": list(initial)}, *more]
+    rows = [
+        {
+            "kind": "initial",
+            "generations": 1,
+            "tokens": 30.4,
+            "answers": 2,
+            "values": list(initial),
+        },
+        *more,
+    ]
     results = {"questions": 4, "digest": digest, "judged": judged, "rows": rows}
     return results | {"settings": SETTINGS | {"seed": seed} | settings}
 
@@ -359,21 +484,38 @@ def trained(*values):
 
 
 def synthesised(*values):
-    common = {"kind": "inference", "aggregator": "synthesis", "size": 4, "cut": 0, "generations": 5, "tokens": 160}
+    common = {
+        "kind": "inference",
+        "aggregator": "synthesis",
+        "size": 4,
+        "cut": 0,
+        "generations": 5,
+        "tokens": 160,
+    }
     return {**common, "answers": 1, "values": list(values)}
 
 
 def tables(text):
     """[{name of the row: {column: cell}}] of Markdown."""
-    parts = [[line.strip("| ").split(" | ") for line in part.splitlines()] for part in text.split("\n\n") if part[:1] == "|"]
+    parts = [
+        [line.strip("| ").split(" | ") for line in part.splitlines()]
+        for part in text.split("\n\n")
+        if part[:1] == "|"
+    ]
     parts = [[[cell.strip() for cell in line] for line in part] for part in parts]
     return [{row[0]: dict(zip(part[0], row, strict=False)) for row in part[2:]} for part in parts]
 
 
 def test_seeds_of_a_method_are_put_together_and_the_same_one_counts_once():
-    one, two = measured(0, more=[trained(1, 1, 0.5, 1)]), measured(1, initial=(0, 0, 0, 1), more=[trained(1, 0, 0, 1)])
+    one, two = (
+        measured(0, more=[trained(1, 1, 0.5, 1)]),
+        measured(1, initial=(0, 0, 0, 1), more=[trained(1, 0, 0, 1)]),
+    )
     found = runs.methods([one, two, one])
-    assert {name: m["runs"].keys() for name, m in found.items()} == {"initial policy": {0, 1}, "trained: CaT": {0, 1}}
+    assert {name: m["runs"].keys() for name, m in found.items()} == {
+        "initial policy": {0, 1},
+        "trained: CaT": {0, 1},
+    }
     assert found["initial policy"]["scores"].tolist() == [[0.5, 0, 1, 0.5], [0, 0, 0, 1]]
     (rows,) = tables(runs.table([one, two, one]))
     first, then = rows["initial policy"], rows["trained: CaT"]
@@ -387,29 +529,55 @@ def test_runs_that_differ_in_a_setting_are_kept_apart_and_named_by_it():
     base = measured(0, more=[trained(1, 1, 1, 1)])
     for key, value in (("lr", 0.1), ("steps", 99)):
         found = runs.methods([base, measured(1, more=[trained(0, 0, 0, 0)], **{key: value})])
-        assert set(found) == {"initial policy", f"trained: CaT, {key} {SETTINGS[key]}", f"trained: CaT, {key} {value}"}
+        assert set(found) == {
+            "initial policy",
+            f"trained: CaT, {key} {SETTINGS[key]}",
+            f"trained: CaT, {key} {value}",
+        }
         assert len(found["initial policy"]["runs"]) == 2  # the setting does not reach pi_0
-    found = runs.methods([base, measured(1, more=[trained(0, 0, 0, 0)], micro_batch_tokens=7, engine="vllm")])
+    found = runs.methods(
+        [base, measured(1, more=[trained(0, 0, 0, 0)], micro_batch_tokens=7, engine="vllm")]
+    )
     assert len(found["trained: CaT"]["runs"]) == 2  # nor do these reach a result
     assert len(runs.methods([base, measured(1, max_new_tokens=7)])) == 3
-    names = [dict(aggregator="majority"), dict(method="sft"), dict(method="sft", aggregator="single"), dict(reward="judge")]
+    names = [
+        dict(aggregator="majority"),
+        dict(method="sft"),
+        dict(method="sft", aggregator="single"),
+        dict(reward="judge"),
+    ]
     names = [list(runs.methods([measured(0, more=[trained(1, 1, 1, 1)], **n)]))[1] for n in names]
-    assert names == ["trained: TTRL", "trained: CaT-SFT", "trained: sft on single", "trained: CaT, reward judge"]
+    assert names == [
+        "trained: TTRL",
+        "trained: CaT-SFT",
+        "trained: sft on single",
+        "trained: CaT, reward judge",
+    ]
 
 
 def test_answers_of_the_initial_policy_are_kept_apart_by_judge_prompt_and_group_size():
-    for other in (dict(judge="server", judge_model="strict"), dict(reward="judge"), dict(group_size=16)):
+    for other in (
+        dict(judge="server", judge_model="strict"),
+        dict(reward="judge"),
+        dict(group_size=16),
+    ):
         found = runs.methods([measured(0), measured(0, **other)])
         assert len(found) == 2, other
         assert all(name.startswith("initial policy, ") for name in found)
-    assert list(runs.methods([measured(0, reward="rubric"), measured(1, reward="physician")])) == ["initial policy"]
+    assert list(runs.methods([measured(0, reward="rubric"), measured(1, reward="physician")])) == [
+        "initial policy"
+    ]
     two = [measured(0), measured(0, judge="server")]
-    assert "minus initial policy, judge anchor" in runs.table(two)  # the first row, whatever it is called
+    assert "minus initial policy, judge anchor" in runs.table(
+        two
+    )  # the first row, whatever it is called
 
 
 def test_an_evaluation_names_what_was_trained_by_the_runs_own_settings():
     run = measured(0, more=[trained(1, 1, 1, 1)])
-    again = measured(0, more=[trained(1, 1, 1, 1)], group_size=8, reward="judge") | {"trained": run["settings"]}
+    again = measured(0, more=[trained(1, 1, 1, 1)], group_size=8, reward="judge") | {
+        "trained": run["settings"]
+    }
     names = [name for name in runs.methods([run, again]) if name.startswith("trained")]
     assert names[0] == "trained: CaT"
     assert names[1].startswith("trained: CaT, evaluated with group_size 8")
@@ -418,13 +586,18 @@ def test_an_evaluation_names_what_was_trained_by_the_runs_own_settings():
 def test_p_of_a_few_runs_is_that_of_t_over_them_and_of_no_spread_is_nothing():
     values = np.repeat([[0.10], [0.12], [0.14]], 50, axis=1)
     between = statistics.stdev((0.10, 0.12, 0.14)) / math.sqrt(3)
-    assert runs.interval(values)["p"] == pytest.approx(2 * scipy.stats.t.sf(0.12 / between, 2), rel=0.1)
+    assert runs.interval(values)["p"] == pytest.approx(
+        2 * scipy.stats.t.sf(0.12 / between, 2), rel=0.1
+    )
     assert math.isnan(runs.interval([1, 1, 1])["p"])
     assert runs.interval([0, 0, 0])["p"] == 1
 
 
 def test_scores_that_are_all_the_same_can_be_drawn(tmp_path):
-    more = [synthesised(0.6, 0.6, 0.6, 0.6), {**synthesised(0.2, 0.2, 0.2, 0.2), "aggregator": "majority", "generations": 4}]
+    more = [
+        synthesised(0.6, 0.6, 0.6, 0.6),
+        {**synthesised(0.2, 0.2, 0.2, 0.2), "aggregator": "majority", "generations": 4},
+    ]
     evaluate.plot(tmp_path / "plot.png", [measured(initial=[0.1] * 4, more=more)])
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
@@ -441,10 +614,20 @@ def test_each_set_of_questions_has_its_table_and_differences_are_to_the_row_aske
     other = measured(0, "e", more=[synthesised(1, 0, 0, 0)])
     rows, others = tables(runs.table([one, other], "synthesis of 4, at inference"))
     minus = "minus synthesis of 4, at inference"
-    assert (rows["trained: CaT"][minus][:6], rows["initial policy"][minus][:6]) == ("+0.250", "-0.250")
-    assert rows["synthesis of 4, at inference"][minus] == rows["synthesis of 4, at inference"]["p"] == ""
+    assert (rows["trained: CaT"][minus][:6], rows["initial policy"][minus][:6]) == (
+        "+0.250",
+        "-0.250",
+    )
+    assert (
+        rows["synthesis of 4, at inference"][minus]
+        == rows["synthesis of 4, at inference"]["p"]
+        == ""
+    )
     assert others["synthesis of 4, at inference"]["right"] == "1 of 4"
-    with pytest.raises(InputError, match=r"no method 'nothing'.*initial policy, synthesis of 4, at inference, trained: CaT"):
+    with pytest.raises(
+        InputError,
+        match=r"no method 'nothing'.*initial policy, synthesis of 4, at inference, trained: CaT",
+    ):
         runs.table([one], "nothing")
 
 
@@ -459,7 +642,9 @@ def test_questions_without_labels_have_a_row_that_says_so():
 
 
 def test_judged_scores_are_clipped_not_counted_and_say_what_was_left_open():
-    results = measured(judged=True, initial=[-0.5, -0.25, None, 0.1], more=[synthesised(0.2, 0.4, 0.6, 0.8)])
+    results = measured(
+        judged=True, initial=[-0.5, -0.25, None, 0.1], more=[synthesised(0.2, 0.4, 0.6, 0.8)]
+    )
     (rows,) = tables(runs.table([results]))
     first, then = rows["initial policy"], rows["synthesis of 4, at inference"]
     assert first["score"].startswith("0.000 ±")
@@ -480,7 +665,17 @@ SMALL = "--group-size 2 --eval-questions 6 --max-new-tokens 48".split()
 def run(tmp_path_factory):
     """A run of one step, large enough to be seen."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    assert train.main([*SMALL, *"--prompts-per-step 4 --steps 1 --lr 0.05 --seed 5".split(), "--out", str(out)]) == 0
+    assert (
+        train.main(
+            [
+                *SMALL,
+                *"--prompts-per-step 4 --steps 1 --lr 0.05 --seed 5".split(),
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -497,7 +692,10 @@ def test_the_command_writes_and_prints_what_it_found(tmp_path, capsys):
     of = {1: "synthesis of 1, at inference", 2: "synthesis of 2, at inference"}
     assert list(rows) == ["initial policy", "majority of 2, at inference", of[1], of[2]]
     results = json.loads((out / "results.json").read_text())
-    assert rows["initial policy"]["right"] == f"{sum(2 * v for v in results['rows'][0]['values']):.0f} of 12"
+    assert (
+        rows["initial policy"]["right"]
+        == f"{sum(2 * v for v in results['rows'][0]['values']):.0f} of 12"
+    )
     assert results["questions"] == 6
     assert [*explained[0]] == ["majority"]
     assert (out / "comparison.png").read_bytes()[:4] == b"\x89PNG"
@@ -506,11 +704,21 @@ def test_the_command_writes_and_prints_what_it_found(tmp_path, capsys):
     assert (settings["group_size"], settings["model"], settings["seed"]) == (2, "tiny", 0)
 
 
-def test_a_runs_policy_is_evaluated_with_the_runs_settings_and_put_into_one_table(run, tmp_path, capsys):
+def test_a_runs_policy_is_evaluated_with_the_runs_settings_and_put_into_one_table(
+    run, tmp_path, capsys
+):
     out = tmp_path / "out"
-    assert evaluate.main(["--adapter", str(run), "--aggregators", "majority", "synthesis", "--out", str(out)]) == 0
+    assert (
+        evaluate.main(
+            ["--adapter", str(run), "--aggregators", "majority", "synthesis", "--out", str(out)]
+        )
+        == 0
+    )
     then, now = (json.loads((folder / "results.json").read_text()) for folder in (run, out))
-    assert (now["adapter"], json.loads((out / "config.json").read_text())["settings"]["seed"]) == (str(run), 5)
+    assert (now["adapter"], json.loads((out / "config.json").read_text())["settings"]["seed"]) == (
+        str(run),
+        5,
+    )
     rows = [{r["kind"]: r for r in results["rows"]} for results in (then, now)]
     for kind in ("initial", "trained"):  # the same seed and the same weights
         assert rows[0][kind] == rows[1][kind]
@@ -530,7 +738,10 @@ def test_show_prints_a_step(run, capsys):
     assert evaluate.main(["show", str(run), "0"]) == 0
     shown = capsys.readouterr().out
     for row in map(json.loads, (run / "rollouts.jsonl").read_text().splitlines()):
-        assert all(text in shown for text in [row["question"][0]["content"], row["reference"], *row["rollouts"]])
+        assert all(
+            text in shown
+            for text in [row["question"][0]["content"], row["reference"], *row["rollouts"]]
+        )
         assert "| reward | " + " | ".join(f"{r:.2f}" for r in row["rewards"]) + " |" in shown
 
 
@@ -554,9 +765,13 @@ def test_show_prints_a_step(run, capsys):
         ("table {tmp}/old", "of this version"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_status_2_and_nothing_is_written(arguments, sentence, run, tmp_path, capsys):
+def test_bad_input_gets_one_sentence_and_status_2_and_nothing_is_written(
+    arguments, sentence, run, tmp_path, capsys
+):
     (tmp_path / "bare").mkdir()
-    (tmp_path / "bare" / "config.json").write_bytes((run / "config.json").read_bytes())  # of a run that has no adapter yet
+    (tmp_path / "bare" / "config.json").write_bytes(
+        (run / "config.json").read_bytes()
+    )  # of a run that has no adapter yet
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "results.json").write_text('{"rows": []}')
     before = files(run), files(tmp_path)
@@ -578,7 +793,14 @@ def test_what_a_step_costs_against_a_table_made_by_hand(tmp_path, capsys, monkey
         (2, 2, 1, 3, 8, 1700),
         (5, 1, 0, 4, 10, 2900),
     ]  # the first compiles
-    names = ("time/rollouts", "time/references", "time/rewards", "time/update", "step_time", "num_tokens")
+    names = (
+        "time/rollouts",
+        "time/references",
+        "time/rewards",
+        "time/update",
+        "step_time",
+        "num_tokens",
+    )
     lines = [json.dumps(dict(zip(names, step, strict=True))) + "\n" for step in steps]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     (tmp_path / "config.json").write_text('{"device": "NVIDIA H100"}')

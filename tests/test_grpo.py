@@ -26,7 +26,9 @@ def batch(model=None, temperature=1.0):
         logprobs = [0.0] * len(ids)
         if model is not None:
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+                logits = model(input_ids=torch.tensor([prompt + ids])).logits[
+                    0, len(prompt) - 1 : -1
+                ]
             chosen = torch.log_softmax(logits.double() / temperature, -1)[range(len(ids)), ids]
             logprobs = chosen.tolist()
         rollouts.append(Rollout("", ids, logprobs, "stop" if ids[-1] == 3 else "length", prompt))
@@ -41,8 +43,13 @@ A = torch.tensor([1.2, -0.7, 0.4, -0.9])
 
 def test_advantages_are_the_standardised_rewards_of_each_group():
     rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
-    expected = [[(r - statistics.mean(g)) / statistics.stdev(g) for r in g] for g in rewards.double().tolist()]
-    torch.testing.assert_close(advantages(rewards).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5)
+    expected = [
+        [(r - statistics.mean(g)) / statistics.stdev(g) for r in g]
+        for g in rewards.double().tolist()
+    ]
+    torch.testing.assert_close(
+        advantages(rewards).double(), torch.tensor(expected).double(), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.3, 0.1, 1 / 3])
@@ -74,10 +81,14 @@ def test_token_logprobs_equal_the_plain_forward_pass(policy):
         # alone, without padding, through the model's own head
         logits = model(input_ids=torch.tensor([prompt + ids])).logits[0].double() / 0.7
         every = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
-        torch.testing.assert_close(logprobs[i, : len(ids)].double(), every[range(len(ids)), ids], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            logprobs[i, : len(ids)].double(), every[range(len(ids)), ids], rtol=1e-4, atol=1e-4
+        )
         expected = -(every.exp() * every).sum(-1)
         torch.testing.assert_close(entropy[i, : len(ids)].double(), expected, rtol=1e-4, atol=1e-4)
-        assert mask[i].tolist() == [1.0] * len(ids) + [0.0] * (6 - len(ids))  # the end token (id 3 = padding) included
+        assert mask[i].tolist() == [1.0] * len(ids) + [0.0] * (
+            6 - len(ids)
+        )  # the end token (id 3 = padding) included
 
 
 def test_chunks_change_neither_values_nor_gradients(policy, monkeypatch):
@@ -103,7 +114,9 @@ def test_logits_exist_for_a_chunk_at_a_time(policy, monkeypatch):
     logprobs, _, _ = token_logprobs(model, PROMPTS, COMPLETIONS, temperature=1.0)
     logprobs.sum().backward()
     hook.remove()
-    assert sum(s[0] for s in seen) == 15  # completion tokens, no prompt token; nothing is computed again going backward
+    assert (
+        sum(s[0] for s in seen) == 15
+    )  # completion tokens, no prompt token; nothing is computed again going backward
     assert max(s[0] for s in seen) == 5
 
 
@@ -124,7 +137,9 @@ def gemma():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("load", [lambda: load_base(str(TINY_MODEL))[0], gemma])
-def test_completions_that_share_a_prompt_get_the_values_and_gradients_of_those_that_do_not(load, checkpointing):
+def test_completions_that_share_a_prompt_get_the_values_and_gradients_of_those_that_do_not(
+    load, checkpointing
+):
     base = load().double()
     model = add_lora(base, 8, seed=0, checkpointing=checkpointing).double()
     generator = torch.Generator().manual_seed(1)
@@ -136,7 +151,9 @@ def test_completions_that_share_a_prompt_get_the_values_and_gradients_of_those_t
 
     alone = []
     for prompt, ids in zip(GROUPS, ANSWERS, strict=True):
-        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logits = model(input_ids=torch.tensor([prompt + ids]), use_cache=False).logits[
+            0, len(prompt) - 1 : -1
+        ]
         alone.append(torch.log_softmax(logits, -1)[range(len(ids)), ids])
         (alone[-1] * weight[: len(ids)]).sum().backward()
     grad_alone = gradient(model)
@@ -149,7 +166,9 @@ def test_completions_that_share_a_prompt_get_the_values_and_gradients_of_those_t
         .mlp.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].shape[:2].numel()))
     )
     logprobs, mask, _ = token_logprobs(model, GROUPS, ANSWERS, temperature=1.0)
-    assert sum(read) == 3 * 6 + 6 * 6  # three prompts of at most 7 tokens but the last; six tails of at most 1 + 6 - 1
+    assert (
+        sum(read) == 3 * 6 + 6 * 6
+    )  # three prompts of at most 7 tokens but the last; six tails of at most 1 + 6 - 1
     (logprobs * weight * mask).sum().backward()
     hook.remove()
     for i, expected in enumerate(alone):
@@ -167,7 +186,9 @@ def test_a_prompt_is_shared_only_where_that_saves_a_fifth_of_the_tokens(policy, 
     model, _ = policy
     seen = []
     first = model.get_base_model().get_decoder().layers[0].mlp
-    hook = first.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    hook = first.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape[:2]))
+    )
     token_logprobs(model, [PROMPTS[0]] * 2, [[30] * length] * 2, temperature=1.0)
     hook.remove()
     assert seen == read
@@ -199,19 +220,38 @@ def reference_loss(logp, old, ref, a, lengths, *, clip, beta, form):
 def test_loss_and_gradient_equal_the_formula_in_float64(form, beta):
     generator = torch.Generator().manual_seed(3)
     lengths = [3, 6, 2, 4]
-    logp, old, ref = (-3 * torch.rand(4, 6, generator=generator, dtype=torch.float64) for _ in range(3))
+    logp, old, ref = (
+        -3 * torch.rand(4, 6, generator=generator, dtype=torch.float64) for _ in range(3)
+    )
     mask = torch.tensor([[float(t < n) for t in range(6)] for n in lengths])
     ours, theirs = logp.clone().requires_grad_(), logp.clone().requires_grad_()
     loss, sums = policy_loss(
-        ours, old, ref if beta else None, A.double(), mask, clip=0.2, beta=beta, form=form, total_tokens=15, total_rollouts=4
+        ours,
+        old,
+        ref if beta else None,
+        A.double(),
+        mask,
+        clip=0.2,
+        beta=beta,
+        form=form,
+        total_tokens=15,
+        total_rollouts=4,
     )
-    expected = reference_loss(theirs, old, ref, A.double().tolist(), lengths, clip=0.2, beta=beta, form=form)
+    expected = reference_loss(
+        theirs, old, ref, A.double().tolist(), lengths, clip=0.2, beta=beta, form=form
+    )
     loss.backward()
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
-    ratios = [(torch.exp(logp - old)[i, t].item(), A[i].item()) for i, n in enumerate(lengths) for t in range(n)]
-    assert sums["clip_ratio"] == sum((r > 1.2 and a > 0) or (r < 0.8 and a < 0) for r, a in ratios) > 0
+    ratios = [
+        (torch.exp(logp - old)[i, t].item(), A[i].item())
+        for i, n in enumerate(lengths)
+        for t in range(n)
+    ]
+    assert (
+        sums["clip_ratio"] == sum((r > 1.2 and a > 0) or (r < 0.8 and a < 0) for r, a in ratios) > 0
+    )
 
 
 def test_k3_is_masked_before_it_is_averaged():
@@ -254,13 +294,20 @@ def test_the_gradient_of_an_update_equals_float64_autograd(policy, form):
     """The whole of `update` (padding, micro-batches, chunks, adapter on and off) against a float64 copy of the model."""
     model, _ = policy
     rollouts = batch()
-    _, (ours,) = one_update(model, rollouts, A, form=form, beta=0.05, temperature=0.7, token_budget=20)
+    _, (ours,) = one_update(
+        model, rollouts, A, form=form, beta=0.05, temperature=0.7, token_budget=20
+    )
 
     model.double()
     model.zero_grad()
 
     def logp(o):
-        logits = model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[0, len(o.prompt_ids) - 1 : -1] / 0.7
+        logits = (
+            model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[
+                0, len(o.prompt_ids) - 1 : -1
+            ]
+            / 0.7
+        )
         return torch.log_softmax(logits, -1)[range(len(o.ids)), o.ids]
 
     losses = []
@@ -281,8 +328,13 @@ def test_importance_weights_are_truncated_and_weigh_the_surrogate_alone(policy, 
     """min(C, trainer's / engine's probability) on every token of the surrogate, not on the KL; against float64 autograd."""
     model = policy[0].double()
     off = torch.linspace(-1.5, 1.5, 15, dtype=torch.float64).split([len(o.ids) for o in batch()])
-    exact = [token_logprobs(model, [o.prompt_ids], [o.ids], temperature=1.0)[0][0].detach() for o in batch()]
-    rollouts = [replace(o, logprobs=(x + d).tolist()) for o, x, d in zip(batch(), exact, off, strict=True)]
+    exact = [
+        token_logprobs(model, [o.prompt_ids], [o.ids], temperature=1.0)[0][0].detach()
+        for o in batch()
+    ]
+    rollouts = [
+        replace(o, logprobs=(x + d).tolist()) for o, x, d in zip(batch(), exact, off, strict=True)
+    ]
     settings = {"importance_cap": 2.0, "beta": 0.05, "updates": updates, "token_budget": 20}
     ours = one_update(model, rollouts, A, **settings)[1][-1]
 
@@ -293,7 +345,10 @@ def test_importance_weights_are_truncated_and_weigh_the_surrogate_alone(policy, 
         with torch.no_grad(), model.disable_adapter():
             ref = token_logprobs(model, [o.prompt_ids], [o.ids], temperature=1.0)[0][0]
         weights = torch.exp(-d).clamp(max=2.0)
-        losses.append(-weights * torch.exp(new - new.detach()) * a + 0.05 * (torch.exp(ref - new) - (ref - new) - 1))
+        losses.append(
+            -weights * torch.exp(new - new.detach()) * a
+            + 0.05 * (torch.exp(ref - new) - (ref - new) - 1)
+        )
     (torch.cat(losses).sum() / 15).backward()
     expected = gradient(model)
     assert (ours - expected).norm() / expected.norm() < 1e-5
@@ -313,7 +368,9 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_no_gradient():
                 if "lora_B" in name:
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
         count = []
-        base.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        base.get_decoder().layers[0].mlp.register_forward_pre_hook(
+            lambda *_, count=count: count.append(1)
+        )
         grads.append(one_update(model, batch(), A, beta=0.0, token_budget=10_000)[1][0])
         calls.append(len(count))
     assert calls == [1, 2]
@@ -327,12 +384,18 @@ def test_the_gradient_does_not_depend_on_micro_batches(policy):
         assert (g - grads[0]).norm() / grads[0].norm() < 1e-9
 
 
-def test_rollouts_without_advantage_are_skipped_when_beta_is_0_and_still_counted(policy, monkeypatch):
+def test_rollouts_without_advantage_are_skipped_when_beta_is_0_and_still_counted(
+    policy, monkeypatch
+):
     model, _ = policy
     advantage = torch.tensor([1.0, -1.0, 0.0, 0.0])
     with_kl = one_update(model, batch(), advantage, beta=1e-12)[1][0]  # not 0: nothing is skipped
     forwards = []
-    monkeypatch.setattr(grpo, "token_logprobs", lambda m, p, c, **k: forwards.append(len(c)) or token_logprobs(m, p, c, **k))
+    monkeypatch.setattr(
+        grpo,
+        "token_logprobs",
+        lambda m, p, c, **k: forwards.append(len(c)) or token_logprobs(m, p, c, **k),
+    )
     without = one_update(model, batch(), advantage, beta=0.0)[1][0]
     assert forwards == [2]  # the two that matter, and no pass for pi_0
     assert (with_kl - without).norm() / without.norm() < 1e-5
@@ -348,10 +411,14 @@ def test_several_updates_take_their_ratio_to_the_trainers_old_logprobs(policy):
     model, _ = policy
     wrong = [replace(o, logprobs=[-20.0] * len(o.ids)) for o in batch()]
     numbers, steps = one_update(model, wrong, A, updates=2, lr=0.0, clip=0.2)
-    torch.testing.assert_close(steps[0], steps[1])  # nothing moved: the same ratio, 1, and the same gradient
+    torch.testing.assert_close(
+        steps[0], steps[1]
+    )  # nothing moved: the same ratio, 1, and the same gradient
     assert numbers["clip_ratio"] == 0
     numbers, steps = one_update(model, wrong, A, updates=3, lr=0.02, clip=1e-4)
-    assert numbers["clip_ratio"] > 0.1  # the policy moved away from the old one, so tokens are clipped
+    assert (
+        numbers["clip_ratio"] > 0.1
+    )  # the policy moved away from the old one, so tokens are clipped
     assert len(steps) == 3
 
 
@@ -451,7 +518,9 @@ def test_micro_batches_hold_every_sequence_once_and_keep_the_budget(budget):
     lengths = [5, 1, 9, 4, 2, 7, 7, 3]
     cuts = list(micro_batches(lengths, budget))
     assert sorted(i for rows in cuts for i in rows) == list(range(8))
-    assert all(len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= budget for rows in cuts)
+    assert all(
+        len(rows) == 1 or len(rows) * max(lengths[i] for i in rows) <= budget for rows in cuts
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 12, 20, 30, 100])
@@ -464,6 +533,8 @@ def test_micro_batches_keep_completions_of_a_prompt_together_and_count_it_once(b
         padded = len(distinct) * max(map(len, distinct)) + len(rows) * max(lengths[i] for i in rows)
         assert len(rows) == 1 or padded <= budget
     order = [tuple(prompts[i]) for rows in cuts for i in rows]
-    assert sum(a != b for a, b in itertools.pairwise(order)) == 2  # three prompts, each in one piece
+    assert (
+        sum(a != b for a, b in itertools.pairwise(order)) == 2
+    )  # three prompts, each in one piece
     if budget == 100:
         assert len(cuts) == 1

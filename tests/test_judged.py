@@ -46,9 +46,21 @@ class Handler(BaseHTTPRequestHandler):
             self.server.calls.append(prompt)
         text = self.server.answer or ("yes" if zlib.crc32(prompt.encode()) % 2 else "no")
         status = 200 if text != "refuse" else 404
-        message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
-        reply = {"id": "x", "object": "chat.completion", "created": 0, "model": "strict", "choices": [message]}
-        data = json.dumps(reply if status == 200 else {"error": {"message": "no such model"}}).encode()
+        message = {
+            "index": 0,
+            "finish_reason": "stop",
+            "message": {"role": "assistant", "content": text},
+        }
+        reply = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "strict",
+            "choices": [message],
+        }
+        data = json.dumps(
+            reply if status == 200 else {"error": {"message": "no such model"}}
+        ).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -75,9 +87,17 @@ def judge():
 
 @pytest.fixture
 def data(tmp_path):
-    rubric = [{"criterion": c, "points": p} for c, p in (("Is kind", 5), ("Is right", 10), ("Is rude", -4))]
+    rubric = [
+        {"criterion": c, "points": p}
+        for c, p in (("Is kind", 5), ("Is right", 10), ("Is rude", -4))
+    ]
     rows = [
-        {"prompt_id": f"q{n}", "prompt": [{"role": "user", "content": f"{n} + 1?"}], "rubrics": rubric} for n in range(30)
+        {
+            "prompt_id": f"q{n}",
+            "prompt": [{"role": "user", "content": f"{n} + 1?"}],
+            "rubrics": rubric,
+        }
+        for n in range(30)
     ]
     path = tmp_path / "health.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -88,7 +108,9 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(judge, data, tmp_path, capsys, monkeypatch):
+def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(
+    judge, data, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     server, out = judge(), tmp_path / "run"
     arguments = [*SMALL, "--data", str(data), "--judge-url", server.url, "--reward", "physician"]
@@ -97,9 +119,13 @@ def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(judge, data, 
     assert len(rows) == 2 * 3
     for row in rows:
         assert row["rubric"] == ["Is kind", "Is right", "Is rude"]
-        for verdicts, raw, reward in zip(row["verdicts"], row["judge"], row["rewards"], strict=True):
+        for verdicts, raw, reward in zip(
+            row["verdicts"], row["judge"], row["rewards"], strict=True
+        ):
             assert verdicts == [text == "yes" for text in raw]
-            assert reward == pytest.approx((5 * verdicts[0] + 10 * verdicts[1] - 4 * verdicts[2]) / 15)
+            assert reward == pytest.approx(
+                (5 * verdicts[0] + 10 * verdicts[1] - 4 * verdicts[2]) / 15
+            )
     numbers = lines(out / "metrics.jsonl")
     assert all(row["judge/unknown_rate"] == 0 for row in numbers)
     assert all(row["validation/score"] is not None for row in numbers)
@@ -107,7 +133,9 @@ def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(judge, data, 
     assert len(server.calls) == len(set(server.calls)) == len(lines(out / "judge.jsonl"))
     split = json.loads((out / "split.json").read_text())
     assert [len(split[part]) for part in ("train", "validation", "test")] == [25, 2, 2]
-    assert all(b"sk-very-secret" not in path.read_bytes() for path in out.rglob("*") if path.is_file())
+    assert all(
+        b"sk-very-secret" not in path.read_bytes() for path in out.rglob("*") if path.is_file()
+    )
     table = capsys.readouterr().out
     assert "| score |" in table
     assert "bootstrap over runs and questions" in table
@@ -121,20 +149,45 @@ def test_a_run_judged_by_a_server_logs_every_verdict_and_pays_once(judge, data, 
     assert evaluate.main(["show", str(tmp_path), "0"]) == 2
 
 
-def test_the_best_adapter_is_kept_and_patience_ends_the_run(judge, data, tmp_path, capsys, monkeypatch):
+def test_the_best_adapter_is_kept_and_patience_ends_the_run(
+    judge, data, tmp_path, capsys, monkeypatch
+):
     scores = iter([0.2, 0.6, 0.1, 0.3, 0.9])
     monkeypatch.setattr(
-        train, "physician_scores", lambda questions, *_: torch.full((len(questions), 1), next(scores)).double()
+        train,
+        "physician_scores",
+        lambda questions, *_: torch.full((len(questions), 1), next(scores)).double(),
     )
     out = tmp_path / "run"
-    arguments = [*SMALL, "--data", str(data), "--judge-url", judge().url, "--reward", "physician", "--lr", "0.01"]
-    assert train.main([*arguments, *"--steps 9 --validate-every 1 --patience 2".split(), "--out", str(out)]) == 0
-    assert [row["validation/score"] for row in lines(out / "metrics.jsonl")] == pytest.approx([0.2, 0.6, 0.1, 0.3])
+    arguments = [
+        *SMALL,
+        "--data",
+        str(data),
+        "--judge-url",
+        judge().url,
+        "--reward",
+        "physician",
+        "--lr",
+        "0.01",
+    ]
+    assert (
+        train.main(
+            [*arguments, *"--steps 9 --validate-every 1 --patience 2".split(), "--out", str(out)]
+        )
+        == 0
+    )
+    assert [row["validation/score"] for row in lines(out / "metrics.jsonl")] == pytest.approx(
+        [0.2, 0.6, 0.1, 0.3]
+    )
     assert "stopping early" in capsys.readouterr().out
     best = torch.load(out / "checkpoint" / "best.pt", weights_only=True)
     last = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
     assert (best["step"], last["step"]) == (2, 4)
-    assert (best["best_score"], last["best_score"], last["since_best"]) == (pytest.approx(0.6), best["best_score"], 2)
+    assert (best["best_score"], last["best_score"], last["since_best"]) == (
+        pytest.approx(0.6),
+        best["best_score"],
+        2,
+    )
     from safetensors.torch import load_file
 
     kept = load_file(out / "adapter" / "adapter_model.safetensors")
@@ -147,14 +200,26 @@ def test_the_best_adapter_is_kept_and_patience_ends_the_run(judge, data, tmp_pat
 
 def test_too_many_unknown_verdicts_make_no_update(judge, data, tmp_path, capsys):
     server, out = judge("Well, it depends."), tmp_path / "run"
-    arguments = [*SMALL, "--data", str(data), "--judge-url", server.url, "--reward", "judge", "--validate-every", "0"]
+    arguments = [
+        *SMALL,
+        "--data",
+        str(data),
+        "--judge-url",
+        server.url,
+        "--reward",
+        "judge",
+        "--validate-every",
+        "0",
+    ]
     assert train.main([*arguments, "--steps", "1", "--out", str(out)]) == 0
     (numbers,) = lines(out / "metrics.jsonl")
     assert numbers["judge/unknown_rate"] == 1
     assert numbers["reward"] is None
     assert "100% of the verdicts are unknown" in capsys.readouterr().err
     weights = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["weights"]
-    assert not any(value.any() for name, value in weights.items() if "lora_B" in name)  # B is still 0
+    assert not any(
+        value.any() for name, value in weights.items() if "lora_B" in name
+    )  # B is still 0
     row = lines(out / "rollouts.jsonl")[0]
     assert row["rewards"] == [None] * 3
     assert row["judge"][0] == ["Well, it depends."]
@@ -162,16 +227,36 @@ def test_too_many_unknown_verdicts_make_no_update(judge, data, tmp_path, capsys)
 
 def test_a_judge_that_talks_nonsense_ends_the_run(judge, data, tmp_path, capsys):
     out = tmp_path / "run"
-    arguments = [*SMALL, "--data", str(data), "--judge-url", judge("<think> Okay").url, "--reward", "physician"]
+    arguments = [
+        *SMALL,
+        "--data",
+        str(data),
+        "--judge-url",
+        judge("<think> Okay").url,
+        "--reward",
+        "physician",
+    ]
     assert train.main([*arguments, "--validate-every", "0", "--steps", "9", "--out", str(out)]) == 1
     assert "could be read in 3 steps in a row" in capsys.readouterr().err
     assert len(lines(out / "metrics.jsonl")) == 3
     assert not (out / "judge.jsonl").exists()  # what could not be read is not kept for later
 
 
-def test_a_judge_that_refuses_ends_the_run_with_a_sentence_and_another_goes_on(judge, data, tmp_path, capsys):
+def test_a_judge_that_refuses_ends_the_run_with_a_sentence_and_another_goes_on(
+    judge, data, tmp_path, capsys
+):
     out = tmp_path / "run"
-    arguments = [*SMALL, "--data", str(data), "--reward", "physician", "--validate-every", "0", "--steps", "1"]
+    arguments = [
+        *SMALL,
+        "--data",
+        str(data),
+        "--reward",
+        "physician",
+        "--validate-every",
+        "0",
+        "--steps",
+        "1",
+    ]
     assert train.main([*arguments, "--judge-url", judge("refuse").url, "--out", str(out)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "no such model" in error
@@ -180,10 +265,14 @@ def test_a_judge_that_refuses_ends_the_run_with_a_sentence_and_another_goes_on(j
     assert len(lines(out / "metrics.jsonl")) == 1
 
 
-def test_the_anchor_can_be_the_judge_and_a_rubric_that_it_cannot_write_rewards_nobody(tmp_path, capsys):
+def test_the_anchor_can_be_the_judge_and_a_rubric_that_it_cannot_write_rewards_nobody(
+    tmp_path, capsys
+):
     """The tiny model writes no XML: every rubric is unparsable, no call is made, nothing is learnt, and it is logged."""
     data = tmp_path / "open.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"What is {n} + 1?"}) + "\n" for n in range(1234, 1239)))
+    data.write_text(
+        "".join(json.dumps({"prompt": f"What is {n} + 1?"}) + "\n" for n in range(1234, 1239))
+    )
     arguments = "--task jsonl --model tiny --reward rubric --judge anchor --steps 1 --prompts-per-step 2 --group-size 2"
     arguments = [*arguments.split(), "--max-new-tokens", "24", "--beta", "0", "--data", str(data)]
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
@@ -216,7 +305,18 @@ def test_settings_that_do_not_go_together_are_refused(arguments, sentence, capsy
 def test_questions_without_labels_cannot_validate(tmp_path, capsys):
     open_ended = tmp_path / "open.jsonl"
     open_ended.write_text("".join(json.dumps({"prompt": f"Say {n}."}) + "\n" for n in range(30)))
-    arguments = ["--task", "jsonl", "--model", "tiny", "--data", str(open_ended), "--reward", "judge", "--split", "held-out"]
+    arguments = [
+        "--task",
+        "jsonl",
+        "--model",
+        "tiny",
+        "--data",
+        str(open_ended),
+        "--reward",
+        "judge",
+        "--split",
+        "held-out",
+    ]
     assert train.main([*arguments, "--validate-every", "1", "--out", str(tmp_path / "run")]) == 2
     assert "reads labels" in capsys.readouterr().err
 
@@ -224,7 +324,15 @@ def test_questions_without_labels_cannot_validate(tmp_path, capsys):
 def test_too_few_questions_to_validate_on_are_refused(data, tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(data.read_text().split("\n")[:6]))
-    arguments = [*SMALL, "--data", str(few), "--validate-every", "1", "--out", str(tmp_path / "run")]
+    arguments = [
+        *SMALL,
+        "--data",
+        str(few),
+        "--validate-every",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train.main(arguments) == 2
     assert "--validate-every 0" in capsys.readouterr().err
 
@@ -247,12 +355,17 @@ def test_the_correlations_are_scipys_and_within_questions_is_not_overall():
     hard = rng.normal(size=(40, 1))  # a reward that only knows which questions are hard
     truth, blind = hard + 0.3 * rng.normal(size=(40, 6)), hard + 0.3 * rng.normal(size=(40, 6))
     found = rubric_validity.agreement(blind, truth, draws=200)
-    for name, coefficient in (("Pearson", scipy.stats.pearsonr), ("Spearman", scipy.stats.spearmanr)):
+    for name, coefficient in (
+        ("Pearson", scipy.stats.pearsonr),
+        ("Spearman", scipy.stats.spearmanr),
+    ):
         estimate, low, high, used = found["overall", name]
         assert estimate == pytest.approx(coefficient(blind.ravel(), truth.ravel()).statistic)
         assert 0.7 < low < estimate < high <= 1
         estimate, low, high, used = found["within", name]
-        assert estimate == pytest.approx(np.mean([coefficient(a, b).statistic for a, b in zip(blind, truth, strict=True)]))
+        assert estimate == pytest.approx(
+            np.mean([coefficient(a, b).statistic for a, b in zip(blind, truth, strict=True)])
+        )
         assert low < estimate < high < 0.5
         assert used == 40
     same = rubric_validity.agreement(truth, truth, draws=50)
@@ -264,22 +377,37 @@ def test_the_correlations_are_scipys_and_within_questions_is_not_overall():
     expected = sum(scipy.stats.kendalltau(a, b).statistic for a, b in pairs) / 39
     assert found["within", "Kendall"][0] == pytest.approx(expected)
     assert found["within", "Kendall"][3] == 39
-    assert math.isnan(rubric_validity.agreement(np.ones((3, 4)), truth[:3, :4], draws=20)["overall", "Kendall"][0])
+    assert math.isnan(
+        rubric_validity.agreement(np.ones((3, 4)), truth[:3, :4], draws=20)["overall", "Kendall"][0]
+    )
 
 
 def test_rubric_validity_scores_the_same_responses_in_every_way(judge, data, tmp_path, capsys):
     out = tmp_path / "validity"
     arguments = [*SMALL, "--data", str(data), "--judge-url", judge().url, "--out", str(out)]
-    arguments = [a for n, a in enumerate(arguments) if "--prompts-per-step" not in arguments[max(0, n - 1) : n + 1]]
+    arguments = [
+        a
+        for n, a in enumerate(arguments)
+        if "--prompts-per-step" not in arguments[max(0, n - 1) : n + 1]
+    ]
     assert rubric_validity.main(arguments) == 0
     table = capsys.readouterr().out
     assert "| rubric | overall |" in table
     assert "| judge | within |" in table
     rewards = json.loads((out / "validity.json").read_text())["rewards"]
     assert set(rewards) == {"physician", "rubric", "rubric-question", "judge"}
-    for values, detail in zip(rewards["physician"]["values"], rewards["physician"]["details"], strict=True):
+    for values, detail in zip(
+        rewards["physician"]["values"], rewards["physician"]["details"], strict=True
+    ):
         for value, verdicts in zip(values, detail["verdicts"], strict=True):
-            assert value == pytest.approx((5 * verdicts[0] + 10 * verdicts[1] - 4 * verdicts[2]) / 15)
+            assert value == pytest.approx(
+                (5 * verdicts[0] + 10 * verdicts[1] - 4 * verdicts[2]) / 15
+            )
     assert [len(row) for row in rewards["judge"]["values"]] == [3, 3]
-    assert rubric_validity.main(["--model", "tiny", "--eval-questions", "2", "--out", str(tmp_path / "x")]) == 2
+    assert (
+        rubric_validity.main(
+            ["--model", "tiny", "--eval-questions", "2", "--out", str(tmp_path / "x")]
+        )
+        == 2
+    )
     assert "--task healthbench" in capsys.readouterr().err

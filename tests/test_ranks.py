@@ -32,15 +32,31 @@ ROOT = Path(__file__).resolve().parent.parent
 # name: (advantages of batch()'s four rollouts, settings of update)
 UPDATES = {
     "two and one micro-batches": (A, {"beta": 0.05, "token_budget": 20}),
-    "four micro-batches, by sequence": (A, {"beta": 0.05, "token_budget": 1, "form": "sequence", "temperature": 0.7}),
+    "four micro-batches, by sequence": (
+        A,
+        {"beta": 0.05, "token_budget": 1, "form": "sequence", "temperature": 0.7},
+    ),
     "one micro-batch, so a rank without": (A, {"beta": 0.05, "token_budget": 1000}),
-    "all but one advantage zero, so a rank without": (torch.tensor([0, 0, 0.4, 0]), {"beta": 0.0, "token_budget": 1}),
+    "all but one advantage zero, so a rank without": (
+        torch.tensor([0, 0, 0.4, 0]),
+        {"beta": 0.0, "token_budget": 1},
+    ),
     "all advantages zero": (torch.zeros(4), {"beta": 0.0, "token_budget": 1}),
     "cut-off rollouts masked": (A, {"beta": 0.05, "token_budget": 1, "mask_truncated": True}),
-    "two optimizer steps": (A, {"beta": 0.05, "token_budget": 20, "updates": 2, "importance_cap": 2.0}),
-    "not finite on one rank": (torch.tensor([1.2, float("nan"), 0.4, -0.9]), {"beta": 0.0, "token_budget": 1}),
+    "two optimizer steps": (
+        A,
+        {"beta": 0.05, "token_budget": 20, "updates": 2, "importance_cap": 2.0},
+    ),
+    "not finite on one rank": (
+        torch.tensor([1.2, float("nan"), 0.4, -0.9]),
+        {"beta": 0.0, "token_budget": 1},
+    ),
 }
-STEPS_TAKEN = dict.fromkeys(UPDATES, 1) | {"all advantages zero": 0, "not finite on one rank": 0, "two optimizer steps": 2}
+STEPS_TAKEN = dict.fromkeys(UPDATES, 1) | {
+    "all advantages zero": 0,
+    "not finite on one rank": 0,
+    "two optimizer steps": 2,
+}
 
 
 def measure() -> dict:
@@ -61,16 +77,32 @@ def measure() -> dict:
     greedy = engine.sample(prompts, 2, temperature=0, max_new_tokens=20)
     found["greedy"] = [[o.ids for o in group] for group in greedy]
     found["scores"] = engine.score(prompts, [group[0].ids for group in greedy])
-    twice = engine.sample([prompts[0]] * 2, 2, max_new_tokens=30, seed=3)  # on two ranks, one prompt each
+    twice = engine.sample(
+        [prompts[0]] * 2, 2, max_new_tokens=30, seed=3
+    )  # on two ranks, one prompt each
     found["twice"] = [[o.ids for o in group] for group in twice]
     found["few"] = len(engine.sample(prompts[:1], 3, max_new_tokens=4))  # fewer prompts than ranks
     return found
 
 
 def torchrun(ranks, *arguments, **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        *map(str, arguments),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, **options)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        **options,
+    )
 
 
 def finished(process, timeout=300):
@@ -128,7 +160,9 @@ def test_ranks_take_the_step_that_one_would(parts, alone, name):
 
 def test_ranks_share_out_passes_prompts_and_scores(parts, alone):
     for part in parts:
-        torch.testing.assert_close(part["kl"], alone["kl"], rtol=5e-3, atol=1e-4)  # float32, other numbers of threads
+        torch.testing.assert_close(
+            part["kl"], alone["kl"], rtol=5e-3, atol=1e-4
+        )  # float32, other numbers of threads
         assert part["greedy"] == alone["greedy"]
         torch.testing.assert_close(part["scores"], alone["scores"], rtol=1e-4, atol=1e-5)
         assert part["few"] == 1
@@ -160,7 +194,9 @@ def test_rank_0_writes_the_run_and_speaks_alone(straight):
     assert printed.count("| trained: CaT |") == printed.count("task sums:") == 1
     assert err.count(f"{STEPS}/{STEPS}") <= 2  # one progress bar
     assert "Traceback" not in err
-    assert all(row["sampling/logp_difference_max"] < 1e-4 for row in metrics(out))  # all ranks have the newest weights
+    assert all(
+        row["sampling/logp_difference_max"] < 1e-4 for row in metrics(out)
+    )  # all ranks have the newest weights
     assert torch.load(out / "checkpoint" / "state.pt", weights_only=True)["step"] == STEPS
 
 
@@ -170,7 +206,11 @@ def children(pid):
         if folder.name.isdigit():
             try:
                 if f"\nPPid:\t{pid}\n" in (folder / "status").read_text():
-                    environment = dict(e.split("=", 1) for e in (folder / "environ").read_text().split("\0") if "=" in e)
+                    environment = dict(
+                        e.split("=", 1)
+                        for e in (folder / "environ").read_text().split("\0")
+                        if "=" in e
+                    )
                     found[int(environment["RANK"])] = int(folder.name)
             except (OSError, KeyError):  # it has ended, or is no rank
                 pass
@@ -178,12 +218,17 @@ def children(pid):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_rank_ends_all_within_a_minute_and_the_run_resumes_as_if_unbroken(straight, tmp_path, victim):
+def test_a_killed_rank_ends_all_within_a_minute_and_the_run_resumes_as_if_unbroken(
+    straight, tmp_path, victim
+):
     out = tmp_path / "run"
     process = torchrun(2, ROOT / "train.py", *SMALL, "--steps", STEPS, "--out", out)
     try:
         deadline = time.monotonic() + 120
-        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 2:
+        while (
+            not (out / "metrics.jsonl").exists()
+            or len((out / "metrics.jsonl").read_text().splitlines()) < 2
+        ):
             assert process.poll() is None, process.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -204,7 +249,9 @@ def test_a_killed_rank_ends_all_within_a_minute_and_the_run_resumes_as_if_unbrok
     run(2, "--resume", "--out", out)
     assert metrics(out) == metrics(straight[0])
     assert same(adapter(out), adapter(straight[0]))
-    assert (out / "table.md").read_text().splitlines()[2:] == (straight[0] / "table.md").read_text().splitlines()[2:]
+    assert (out / "table.md").read_text().splitlines()[2:] == (
+        straight[0] / "table.md"
+    ).read_text().splitlines()[2:]
 
 
 def test_another_number_of_ranks_is_refused(straight, tmp_path, capsys):
@@ -231,15 +278,28 @@ sys.exit(train.main([*sys.argv[1:], *({extra!r}.split() if os.environ["RANK"] ==
 
 
 @pytest.mark.parametrize(
-    ("extra", "what"), [("--lr 0.02", "settings"), ("--data {tmp}/other.jsonl", "settings"), ("--engine auto", "")]
+    ("extra", "what"),
+    [("--lr 0.02", "settings"), ("--data {tmp}/other.jsonl", "settings"), ("--engine auto", "")],
 )
 def test_ranks_that_were_started_differently_are_refused(tmp_path, extra, what):
     """On several machines the command is typed several times."""
     for name in ("one", "other"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"prompt": "What is {n} + 1?"}}\n' for n in range(8)))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(f'{{"prompt": "What is {n} + 1?"}}\n' for n in range(8))
+        )
     script = tmp_path / "unlike.py"
     script.write_text(UNLIKE.format(root=str(ROOT), extra=extra.format(tmp=tmp_path)))
-    arguments = [*SMALL, "--task", "jsonl", "--model", "tiny", "--data", tmp_path / "one.jsonl", "--steps", "1"]
+    arguments = [
+        *SMALL,
+        "--task",
+        "jsonl",
+        "--model",
+        "tiny",
+        "--data",
+        tmp_path / "one.jsonl",
+        "--steps",
+        "1",
+    ]
     status, _, err = finished(torchrun(2, script, *arguments, "--out", tmp_path / "run"))
     assert (status == 0) == (what == ""), err
     assert not what or f"the ranks do not have the same {what}" in err
@@ -259,16 +319,29 @@ def test_a_checkpoint_that_only_one_rank_has_is_refused(tmp_path):
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     before = (tmp_path / "0" / "metrics.jsonl").read_bytes()
-    status, _, err = finished(torchrun(2, script, "--resume", "--steps", "2", "--out", tmp_path / "0"))
+    status, _, err = finished(
+        torchrun(2, script, "--resume", "--steps", "2", "--out", tmp_path / "0")
+    )
     assert status != 0
     assert "the ranks do not have the same checkpoint" in err
     assert (tmp_path / "0" / "metrics.jsonl").read_bytes() == before
 
 
 def test_what_two_ranks_have_trained_is_evaluated_on_two_as_on_one(straight, tmp_path):
-    arguments = ["--adapter", straight[0], "--aggregators", "min-ppl", "--sizes", "4", "--eval-questions", "5"]
+    arguments = [
+        "--adapter",
+        straight[0],
+        "--aggregators",
+        "min-ppl",
+        "--sizes",
+        "4",
+        "--eval-questions",
+        "5",
+    ]
     arguments += ["--eval-sampling", '{"temperature": 0}']
-    status, out, err = finished(torchrun(2, ROOT / "evaluate.py", *arguments, "--out", tmp_path / "two"))
+    status, out, err = finished(
+        torchrun(2, ROOT / "evaluate.py", *arguments, "--out", tmp_path / "two")
+    )
     assert status == 0, err
     assert out.count("| trained: CaT |") == 1
     command = [sys.executable, ROOT / "evaluate.py", *arguments, "--out", tmp_path / "one"]
@@ -280,14 +353,31 @@ def test_what_two_ranks_have_trained_is_evaluated_on_two_as_on_one(straight, tmp
 def test_a_judge_behind_a_server_is_asked_once_whatever_the_ranks(tmp_path):
     server, data = Judge(), tmp_path / "questions.jsonl"
     data.write_text("".join(f'{{"prompt": "What is {n} + 1?"}}\n' for n in range(6)))
-    arguments = ["--task", "jsonl", "--model", "tiny", "--data", data, *SMALL, "--reward", "judge", "--steps", "2"]
+    arguments = [
+        "--task",
+        "jsonl",
+        "--model",
+        "tiny",
+        "--data",
+        data,
+        *SMALL,
+        "--reward",
+        "judge",
+        "--steps",
+        "2",
+    ]
     arguments += ["--judge", "server", "--judge-url", server.url, "--judge-model", "strict"]
     try:
         run(2, *arguments, "--out", tmp_path / "run")
     finally:
         server.shutdown()
         server.server_close()
-    assert len(server.calls) == len(set(server.calls)) == len(lines(tmp_path / "run" / "judge.jsonl")) > 0
+    assert (
+        len(server.calls)
+        == len(set(server.calls))
+        == len(lines(tmp_path / "run" / "judge.jsonl"))
+        > 0
+    )
     assert all(row["judge/unknown_rate"] == 0 for row in metrics(tmp_path / "run"))
 
 
@@ -297,9 +387,19 @@ def test_all_ranks_stop_early_and_go_back_to_the_best_adapter(tmp_path):
     run(2, *SMALL, *arguments, *greedy, "--out", tmp_path / "run")
     scores = [row["validation/score"] for row in metrics(tmp_path / "run")]
     assert scores.index(max(scores)) == len(scores) - 3 < 6  # the best is not the last
-    assert evaluate.main(["--adapter", str(tmp_path / "run"), *greedy, "--out", str(tmp_path / "alone")]) == 0
-    first, again = (json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("run", "alone"))
-    (first,), (again,) = ([row for row in rows if row["kind"] == "trained"] for rows in (first, again))
+    assert (
+        evaluate.main(
+            ["--adapter", str(tmp_path / "run"), *greedy, "--out", str(tmp_path / "alone")]
+        )
+        == 0
+    )
+    first, again = (
+        json.loads((tmp_path / name / "results.json").read_text())["rows"]
+        for name in ("run", "alone")
+    )
+    (first,), (again,) = (
+        [row for row in rows if row["kind"] == "trained"] for rows in (first, again)
+    )
     assert first == again  # answers and their lengths: no rank has asked the last adapter
 
 
@@ -329,7 +429,11 @@ def test_more_ranks_than_gpus_and_split_engines_are_refused(monkeypatch):
         settings.join()
     monkeypatch.setattr(settings, "WORLD", 2)
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: True)
-    for given in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"distributed_executor_backend": "uni"}):
+    for given in (
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"distributed_executor_backend": "uni"},
+    ):
         with pytest.raises(InputError, match="start without torchrun"):
             settings.check({"engine": "vllm", "engine_args": given, "sleep": False})
 

@@ -14,13 +14,18 @@ from rollout import Rollout
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 GROUPS = [
-    [Rollout(text, [1] * n, [0.0] * n, "stop", [1]) for text, n in (("\\boxed{1/2}", 9), ("\\boxed{0.5}", 5), ("short", 2))]
+    [
+        Rollout(text, [1] * n, [0.0] * n, "stop", [1])
+        for text, n in (("\\boxed{1/2}", 9), ("\\boxed{0.5}", 5), ("short", 2))
+    ]
 ]
 
 
 def run_snippet(module, table):
     """The snippet that adds to `table`, run where the README says to put it; what the table then holds that is new."""
-    (snippet,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if table in code)
+    (snippet,) = (
+        code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if table in code
+    )
     namespace = vars(module) | {"itertools": itertools}
     namespace[table] = dict(namespace[table])
     exec(snippet, namespace)
@@ -36,7 +41,9 @@ def test_the_aggregator():
 
 
 def test_the_reward():
-    values = run_snippet(rubrics, "REWARDS")(GROUPS, [synthesize.Reference("\\boxed{0.5}")], None, None, None).values
+    values = run_snippet(rubrics, "REWARDS")(
+        GROUPS, [synthesize.Reference("\\boxed{0.5}")], None, None, None
+    ).values
     assert torch.equal(values, torch.tensor([[0.0, 1.0, 0.0]]))
 
 

@@ -43,7 +43,9 @@ def test_the_last_balanced_box_is_the_answer(text, answer):
     assert boxed_answer(text) == answer
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 10_000 + "}" * 10_000, "\\boxed{" * 100_000, "{" * 10_000 + "\\boxed{1}"])
+@pytest.mark.parametrize(
+    "text", ["\\boxed{" * 10_000 + "}" * 10_000, "\\boxed{" * 100_000, "{" * 10_000 + "\\boxed{1}"]
+)
 def test_extraction_is_linear_in_nested_braces(text):
     started = time.monotonic()
     boxed_answer(text)
@@ -120,7 +122,13 @@ def test_no_answer_equals_nothing():
     assert not equal("$", "$")  # nothing is left of it
 
 
-BOMBS = ["9^{9^{9^9}}", "9^{9^{9^{9}}}+1", "\\frac{" * 50, "{" * 10_000 + "}" * 10_000, "10^{10^{10}}!"]
+BOMBS = [
+    "9^{9^{9^9}}",
+    "9^{9^{9^{9}}}+1",
+    "\\frac{" * 50,
+    "{" * 10_000 + "}" * 10_000,
+    "10^{10^{10}}!",
+]
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
@@ -149,7 +157,10 @@ def test_a_child_that_hangs_or_dies_is_replaced_and_its_pair_is_not_equal(monkey
 
 def test_equality_works_outside_the_main_thread():
     answers = []
-    threads = [threading.Thread(target=lambda i=i: answers.append(equal(f"{i}/8", str(i / 8)))) for i in range(1, 8)]
+    threads = [
+        threading.Thread(target=lambda i=i: answers.append(equal(f"{i}/8", str(i / 8))))
+        for i in range(1, 8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -175,7 +186,12 @@ def test_nothing_that_looks_like_latex_raises(text):
 
 def test_match_rewards_agreement_with_the_reference_by_meaning():
     groups = [
-        [rollout(r"\boxed{1/2}"), rollout(r"\boxed{0.5}"), rollout(r"\boxed{2}"), rollout("no answer")],
+        [
+            rollout(r"\boxed{1/2}"),
+            rollout(r"\boxed{0.5}"),
+            rollout(r"\boxed{2}"),
+            rollout("no answer"),
+        ],
         [rollout(r"\boxed{7}"), rollout(r"\boxed{7}"), rollout(r"\boxed{8}"), rollout(r"\boxed{7")],
     ]
     made = match(groups, [Reference(r"so \boxed{\frac{1}{2}}"), Reference(r"\boxed{7}")])

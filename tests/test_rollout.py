@@ -11,7 +11,9 @@ from conftest import truncated
 from rollout import Rollout, TransformersEngine
 from tasks import TINY_MODEL, InputError, load_base, load_sums
 
-PROMPTS = [q.messages for q in load_sums(None)[1][:6]] + [[{"role": "user", "content": "What is 12 + 3? Be quick, please."}]]
+PROMPTS = [q.messages for q in load_sums(None)[1][:6]] + [
+    [{"role": "user", "content": "What is 12 + 3? Be quick, please."}]
+]
 
 
 def logits_of(model, ids):
@@ -21,7 +23,10 @@ def logits_of(model, ids):
 
 @pytest.mark.parametrize("adapter", [True, False])
 def test_greedy_equals_generate_token_for_token(engine, adapter):
-    rollouts = [group[0] for group in engine.sample(PROMPTS, 1, policy=adapter, temperature=0, max_new_tokens=40)]
+    rollouts = [
+        group[0]
+        for group in engine.sample(PROMPTS, 1, policy=adapter, temperature=0, max_new_tokens=40)
+    ]
     for prompt, o in zip(PROMPTS, rollouts, strict=True):
         ids = torch.tensor([engine.encode(prompt)])
         with torch.no_grad():
@@ -49,19 +54,30 @@ def test_results_stay_with_their_prompts_whatever_the_batching(policy):
 def test_logprobs_are_those_of_the_tempered_model(engine, temperature):
     for group in engine.sample(PROMPTS, 2, temperature=temperature, max_new_tokens=20, seed=5):
         for o in group:
-            logits = logits_of(engine.model, o.prompt_ids + o.ids)[len(o.prompt_ids) - 1 : -1] / temperature
+            logits = (
+                logits_of(engine.model, o.prompt_ids + o.ids)[len(o.prompt_ids) - 1 : -1]
+                / temperature
+            )
             expected = torch.log_softmax(logits, -1)[range(len(o.ids)), o.ids]
-            torch.testing.assert_close(torch.tensor(o.logprobs).double(), expected, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(
+                torch.tensor(o.logprobs).double(), expected, rtol=1e-3, atol=1e-3
+            )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_first_tokens_follow_the_models_distribution(engine, temperature):
     n = 4000
     group = engine.sample(PROMPTS[:1], n, temperature=temperature, max_new_tokens=1, seed=1)[0]
-    probabilities = torch.softmax(logits_of(engine.model, group[0].prompt_ids)[-1] / temperature, -1)
-    counts = torch.bincount(torch.tensor([o.ids[0] for o in group]), minlength=len(probabilities)).double()
+    probabilities = torch.softmax(
+        logits_of(engine.model, group[0].prompt_ids)[-1] / temperature, -1
+    )
+    counts = torch.bincount(
+        torch.tensor([o.ids[0] for o in group]), minlength=len(probabilities)
+    ).double()
     z = (counts - n * probabilities) / (n * probabilities * (1 - probabilities)).sqrt().clamp(min=1)
-    assert z.abs().max() < 5  # in standard deviations; an untempered or truncated sampler is far outside
+    assert (
+        z.abs().max() < 5
+    )  # in standard deviations; an untempered or truncated sampler is far outside
     likely = probabilities > 0.01
     assert (counts[likely] > 0).all()
 
@@ -70,7 +86,9 @@ def test_first_tokens_follow_the_models_distribution(engine, temperature):
 def test_evaluation_samples_come_from_the_truncated_distribution(engine, top_k, top_p):
     """Temperature, then top-k, then top-p, as the model cards mean it; log-probabilities are of what is left."""
     sizes = []
-    for o in engine.sample(PROMPTS[:1], 40, temperature=2.0, top_k=top_k, top_p=top_p, max_new_tokens=12, seed=1)[0]:
+    for o in engine.sample(
+        PROMPTS[:1], 40, temperature=2.0, top_k=top_k, top_p=top_p, max_new_tokens=12, seed=1
+    )[0]:
         logits = logits_of(engine.model, o.prompt_ids + o.ids)[len(o.prompt_ids) - 1 : -1]
         for token, logprob, row in zip(o.ids, o.logprobs, logits, strict=True):
             left = truncated(row, 2.0, top_k, top_p)
@@ -81,7 +99,9 @@ def test_evaluation_samples_come_from_the_truncated_distribution(engine, top_k, 
 
 def test_the_same_seed_gives_the_same_rollouts_and_another_gives_others(engine):
     torch.rand(3)  # global randomness does not matter
-    draw = lambda seed: [[o.ids for o in group] for group in engine.sample(PROMPTS, 2, max_new_tokens=20, seed=seed)]  # noqa: E731
+    draw = lambda seed: [
+        [o.ids for o in group] for group in engine.sample(PROMPTS, 2, max_new_tokens=20, seed=seed)
+    ]  # noqa: E731
     first = draw(1)
     torch.rand(5)
     assert draw(1) == first
@@ -115,9 +135,14 @@ def test_the_anchor_is_the_base_and_the_adapter_is_on_again_afterwards(engine):
     base, _ = load_base(str(TINY_MODEL))
     group = engine.sample(PROMPTS[:1], 2, policy=False, max_new_tokens=10, seed=3)[0]
     for o in group:
-        expected = torch.log_softmax(logits_of(base, o.prompt_ids + o.ids)[len(o.prompt_ids) - 1 : -1], -1)
+        expected = torch.log_softmax(
+            logits_of(base, o.prompt_ids + o.ids)[len(o.prompt_ids) - 1 : -1], -1
+        )
         torch.testing.assert_close(
-            torch.tensor(o.logprobs).double(), expected[range(len(o.ids)), o.ids], rtol=1e-3, atol=1e-3
+            torch.tensor(o.logprobs).double(),
+            expected[range(len(o.ids)), o.ids],
+            rtol=1e-3,
+            atol=1e-3,
         )
     ids = engine.encode(PROMPTS[0])
     assert not torch.allclose(logits_of(engine.model, ids), logits_of(base, ids))
@@ -190,14 +215,18 @@ def choice_probabilities(engine, messages, temperature):
 
 def test_choices_come_as_often_as_the_model_that_is_held_to_them_says(engine):
     n, temperature = 2000, 3.0  # at 1 "yes" would be too rare to count
-    group = engine.sample(PROMPTS[:1], n, temperature=temperature, max_new_tokens=10, seed=1, choices=CHOICES)[0]
+    group = engine.sample(
+        PROMPTS[:1], n, temperature=temperature, max_new_tokens=10, seed=1, choices=CHOICES
+    )[0]
     probabilities = choice_probabilities(engine, PROMPTS[0], temperature)
     assert sum(probabilities.values()) == pytest.approx(1)
     assert min(probabilities.values()) * n > 10
     for choice, p in probabilities.items():
         ours = [o for o in group if o.text == choice]
         assert abs(len(ours) - n * p) < 5 * math.sqrt(n * p * (1 - p))
-        assert {tuple(o.ids) for o in ours} == {(*engine.tokenizer.encode(choice), engine.tokenizer.eos_token_id)}
+        assert {tuple(o.ids) for o in ours} == {
+            (*engine.tokenizer.encode(choice), engine.tokenizer.eos_token_id)
+        }
         assert math.exp(sum(ours[0].logprobs)) == pytest.approx(p, rel=1e-3)
 
 
@@ -206,7 +235,9 @@ def test_choices_are_the_only_texts_whatever_the_batching(policy, temperature):
     spread = []
     for batch_tokens in (1, 65_536):
         engine = TransformersEngine(*policy, batch_tokens=batch_tokens)
-        groups = engine.sample(PROMPTS, 20, temperature=temperature, max_new_tokens=10, seed=1, choices=CHOICES)
+        groups = engine.sample(
+            PROMPTS, 20, temperature=temperature, max_new_tokens=10, seed=1, choices=CHOICES
+        )
         flat = [o for group in groups for o in group]
         assert len(flat) == 20 * len(PROMPTS)
         assert {o.text for o in flat} <= set(CHOICES)
@@ -230,14 +261,20 @@ def test_choices_do_not_stay_for_the_next_call(engine):
 def test_scores_of_very_different_lengths_stay_in_order(policy, adapter):
     """Through many micro-batches, against one plain forward pass each."""
     engine, draw = TransformersEngine(*policy, batch_tokens=8 * 500), random.Random(0)
-    prompts = [[{"role": "user", "content": "1 + 2 " * draw.choice((1, 3, 40, 150))}] for _ in range(30)]
-    completions = [[draw.randrange(4, 400) for _ in range(draw.choice((1, 2, 9, 60)))] for _ in prompts]
+    prompts = [
+        [{"role": "user", "content": "1 + 2 " * draw.choice((1, 3, 40, 150))}] for _ in range(30)
+    ]
+    completions = [
+        [draw.randrange(4, 400) for _ in range(draw.choice((1, 2, 9, 60)))] for _ in prompts
+    ]
     scores = engine.score(prompts, completions, policy=adapter)
     assert [len(row) for row in scores] == [len(ids) for ids in completions]
     for messages, ids, row in zip(prompts, completions, scores, strict=True):
         prompt = engine.encode(messages)
         with nullcontext() if adapter else engine.model.disable_adapter():
-            expected = torch.log_softmax(logits_of(engine.model, prompt + ids)[len(prompt) - 1 : -1], -1)
+            expected = torch.log_softmax(
+                logits_of(engine.model, prompt + ids)[len(prompt) - 1 : -1], -1
+            )
         assert row == pytest.approx(expected[range(len(ids)), ids].tolist(), abs=1e-4)
 
 

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 import tasks
-from tasks import InputError, load_healthbench, load_jsonl, load_math500, load_questions, load_sums, sums_part
+from tasks import (
+    InputError,
+    load_healthbench,
+    load_jsonl,
+    load_math500,
+    load_questions,
+    load_sums,
+    sums_part,
+)
 
 MATH500 = Path(__file__).resolve().parents[2] / "shared" / "data" / "math500.jsonl"
 
@@ -30,15 +38,24 @@ def test_sums_are_right_distinct_and_held_out():
             assert q.answer == str(a + b)
             assert sums_part(a, b) == name
     assert not seen["train"] & seen["test"]
-    assert [q.messages for q in train] == [q.messages for q in load_sums(None)[0]]  # the same in every run
+    assert [q.messages for q in train] == [
+        q.messages for q in load_sums(None)[0]
+    ]  # the same in every run
 
 
 def test_parts_of_the_world_follow_the_checksum():
     parts = [sums_part(a, 1234) for a in range(1000, 3000)]
-    assert {p: round(parts.count(p) / 2000, 1) for p in set(parts)} == {"train": 0.2, "test": 0.2, "taught": 0.5} or all(
-        abs(parts.count(p) / 2000 - share) < 0.05 for p, share in (("train", 0.25), ("test", 0.25), ("taught", 0.5))
+    assert {p: round(parts.count(p) / 2000, 1) for p in set(parts)} == {
+        "train": 0.2,
+        "test": 0.2,
+        "taught": 0.5,
+    } or all(
+        abs(parts.count(p) / 2000 - share) < 0.05
+        for p, share in (("train", 0.25), ("test", 0.25), ("taught", 0.5))
     )
-    assert sums_part(1000, 1234) == ("train", "test", "taught", "taught")[zlib.crc32(b"1000+1234") % 4]
+    assert (
+        sums_part(1000, 1234) == ("train", "test", "taught", "taught")[zlib.crc32(b"1000+1234") % 4]
+    )
 
 
 def write(path, *lines):
@@ -105,9 +122,15 @@ def test_the_real_math500():
 
     questions, _ = load_math500(MATH500)
     assert len(questions) == 500
-    solutions = [json.loads(line)["solution"] for line in MATH500.read_text(encoding="utf-8").splitlines()]
+    solutions = [
+        json.loads(line)["solution"] for line in MATH500.read_text(encoding="utf-8").splitlines()
+    ]
     # The published solution's own box against the published answer: an independent check of the whole reader.
-    wrong = [q.answer for q, s in zip(questions, solutions, strict=True) if not equal(boxed_answer(s), q.answer)]
+    wrong = [
+        q.answer
+        for q, s in zip(questions, solutions, strict=True)
+        if not equal(boxed_answer(s), q.answer)
+    ]
     assert len(wrong) <= 2, wrong
 
 
@@ -131,9 +154,15 @@ HEALTHBENCH = MATH500.parent / "healthbench_sample.jsonl"
 
 
 def health_row(n):
-    turns = [{"role": "user", "content": f"Question {n}"}, {"role": "assistant", "content": "Which?"}]
+    turns = [
+        {"role": "user", "content": f"Question {n}"},
+        {"role": "assistant", "content": "Which?"},
+    ]
     prompt = [*turns, {"role": "user", "content": "That."}]
-    rubric = [{"criterion": "Says so", "points": 5, "tags": []}, {"criterion": "Harms", "points": -8, "tags": []}]
+    rubric = [
+        {"criterion": "Says so", "points": 5, "tags": []},
+        {"criterion": "Harms", "points": -8, "tags": []},
+    ]
     return json.dumps({"prompt_id": f"id{n}", "prompt": prompt, "rubrics": rubric})
 
 
@@ -149,7 +178,9 @@ def test_healthbench_is_split_once_and_for_all(tmp_path):
     assert "boxed" not in str(train[0].messages)
 
 
-@pytest.mark.parametrize("broken", ['{"prompt_id": "x"}', '{"prompt_id": "x", "prompt": [], "rubrics": [{"points": 3}]}'])
+@pytest.mark.parametrize(
+    "broken", ['{"prompt_id": "x"}', '{"prompt_id": "x", "prompt": [], "rubrics": [{"points": 3}]}']
+)
 def test_a_broken_healthbench_row_is_named(broken, tmp_path):
     with pytest.raises(InputError, match="row 2"):
         load_healthbench(write(tmp_path / "h.jsonl", health_row(1), broken))
@@ -159,7 +190,9 @@ def test_a_broken_healthbench_row_is_named(broken, tmp_path):
 def test_the_real_healthbench_rows_load():
     train, test = load_healthbench(HEALTHBENCH)
     assert (len(train), len(test)) == (18, 2)
-    rows = [json.loads(line) for line in HEALTHBENCH.read_text(encoding="utf-8").split("\n") if line]
+    rows = [
+        json.loads(line) for line in HEALTHBENCH.read_text(encoding="utf-8").split("\n") if line
+    ]
     expected = {row["prompt_id"]: sum(r["points"] for r in row["rubrics"]) for row in rows}
     assert {q.id: sum(p for _, p in q.rubric) for q in train + test} == expected
     assert all(q.messages[-1]["role"] == "user" and q.answer is None for q in train + test)
@@ -171,11 +204,15 @@ def test_open_ended_questions_are_asked_as_they_stand(tmp_path):
 
 
 def test_the_split_decides_what_is_trained_on(tmp_path):
-    data = write(tmp_path / "q.jsonl", *(json.dumps({"prompt": f"q{n}", "answer": "1"}) for n in range(11)))
+    data = write(
+        tmp_path / "q.jsonl", *(json.dumps({"prompt": f"q{n}", "answer": "1"}) for n in range(11))
+    )
     asked = lambda part: [q.messages[0]["content"] for q in part]  # noqa: E731
 
     def load(task, split, data=None, eval_questions=500):
-        s = argparse.Namespace(task=task, split=split, data=data, reward="match", eval_questions=eval_questions)
+        s = argparse.Namespace(
+            task=task, split=split, data=data, reward="match", eval_questions=eval_questions
+        )
         train, test = load_questions(s)
         return asked(train), asked(test)
 

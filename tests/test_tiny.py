@@ -26,7 +26,10 @@ def test_worked_sums_without_slips_are_right():
 
 def test_slips_are_as_frequent_as_stated_and_hit_different_columns():
     rng = random.Random(2)
-    right = [boxed_answer(worked_sum(a, b, 0.2, rng)) == str(a + b) for a, b in (draw(rng) for _ in range(3000))]
+    right = [
+        boxed_answer(worked_sum(a, b, 0.2, rng)) == str(a + b)
+        for a, b in (draw(rng) for _ in range(3000))
+    ]
     assert sum(right) / 3000 == pytest.approx(0.8**4, abs=0.03)
     truth = worked_sum(4728, 3590, 0.0, rng).splitlines()
     columns = [0] * 4
@@ -76,5 +79,8 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     committed = {p.name for p in TINY_MODEL.iterdir()}
     assert committed == set(files)
-    for name in ("tokenizer.json", "chat_template.jinja"):  # these do not depend on the number of steps
+    for name in (
+        "tokenizer.json",
+        "chat_template.jinja",
+    ):  # these do not depend on the number of steps
         assert (tmp_path / "a" / name).read_bytes() == (TINY_MODEL / name).read_bytes(), name

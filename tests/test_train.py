@@ -36,7 +36,9 @@ def lines(path):
 
 
 def metrics(out):
-    return [{k: v for k, v in row.items() if not TIMES.match(k)} for row in lines(out / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not TIMES.match(k)} for row in lines(out / "metrics.jsonl")
+    ]
 
 
 def adapter(out):
@@ -44,7 +46,9 @@ def adapter(out):
 
 
 def results_of(out, kind):
-    (row,) = (r for r in json.loads((out / "results.json").read_text())["rows"] if r["kind"] == kind)
+    (row,) = (
+        r for r in json.loads((out / "results.json").read_text())["rows"] if r["kind"] == kind
+    )
     return row["values"]
 
 
@@ -56,7 +60,11 @@ def start(*arguments, **options):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, arguments)]
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # A shell that runs the tests in the background makes its children ignore SIGINT.
-    return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **options)
+    return subprocess.Popen(
+        command,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +83,9 @@ def test_a_run_leaves_everything_that_a_reader_needs(straight, capsys):
     assert set(config["settings"]) == {*DEFAULTS, *TASKS["sums"].settings, "eval_sampling"}
     assert config["settings"]["steps"] == 6
     assert set(config["versions"]) == {"torch", "transformers", "peft", "math-verify"}
-    assert config["device"].startswith("CPU, ") == (not torch.cuda.is_available())  # else the GPU's name
+    assert config["device"].startswith("CPU, ") == (
+        not torch.cuda.is_available()
+    )  # else the GPU's name
     assert "commit" in config
     assert [row["step"] for row in metrics(straight)] == list(range(6))
     rollouts = lines(straight / "rollouts.jsonl")
@@ -97,7 +107,9 @@ def test_logged_rewards_can_be_computed_again_from_the_logged_texts(straight):
     rows = lines(straight / "rollouts.jsonl")
     for row in rows:
         target = boxed_answer(row["reference"])
-        assert row["rewards"] == [float(equal(boxed_answer(text), target)) for text in row["rollouts"]]
+        assert row["rewards"] == [
+            float(equal(boxed_answer(text), target)) for text in row["rollouts"]
+        ]
     for step, logged in enumerate(metrics(straight)):
         rewards = [r for row in rows if row["step"] == step for r in row["rewards"]]
         assert logged["reward"] == pytest.approx(sum(rewards) / len(rewards))
@@ -123,7 +135,10 @@ def test_the_adapter_loads_with_peft_and_is_the_policy(straight):
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(straight, tmp_path):
     for name, seed in (("again", 0), ("other", 1)):
-        assert train.main([*SMALL, "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / name)]) == 0
+        assert (
+            train.main([*SMALL, "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / name)])
+            == 0
+        )
     assert metrics(tmp_path / "again") == metrics(straight)[:2]
     assert metrics(tmp_path / "other") != metrics(straight)[:2]
 
@@ -134,17 +149,24 @@ def test_training_never_reads_labels(straight, tmp_path, monkeypatch):
     answers = [q.answer for q in questions]
     random.Random(0).shuffle(answers)
     worlds = {
-        "removed": ([replace(q, answer=None) for q in questions], [replace(q, answer=None) for q in test]),
+        "removed": (
+            [replace(q, answer=None) for q in questions],
+            [replace(q, answer=None) for q in test],
+        ),
         "shuffled": ([replace(q, answer=a) for q, a in zip(questions, answers, strict=True)], test),
     }
     for name, world in worlds.items():
-        monkeypatch.setitem(TASKS, "sums", replace(TASKS["sums"], load=lambda data, boxed, world=world: world))
+        monkeypatch.setitem(
+            TASKS, "sums", replace(TASKS["sums"], load=lambda data, boxed, world=world: world)
+        )
         assert train.main([*SMALL, "--steps", "6", "--out", str(tmp_path / name)]) == 0
         assert same(adapter(tmp_path / name), adapter(straight)), name
     assert metrics(straight)[0]["accuracy/rollouts"] > 0.1
     assert metrics(tmp_path / "removed")[0]["accuracy/rollouts"] is None
     assert metrics(tmp_path / "shuffled")[0]["accuracy/rollouts"] == 0
-    assert sum(row["reward_std"] for row in metrics(straight)) > 0  # there was something to learn from
+    assert (
+        sum(row["reward_std"] for row in metrics(straight)) > 0
+    )  # there was something to learn from
 
 
 @pytest.mark.parametrize(
@@ -156,12 +178,17 @@ def test_training_never_reads_labels(straight, tmp_path, monkeypatch):
     ],
 )
 def test_every_option_trains(options, tmp_path):
-    assert train.main([*SMALL, "--steps", "2", *options.split(), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        train.main([*SMALL, "--steps", "2", *options.split(), "--out", str(tmp_path / "run")]) == 0
+    )
     rows = metrics(tmp_path / "run")
     assert len(rows) == 2
     assert all(row["update/skipped"] == 0 for row in rows)
     for row in rows:  # the trainer scores what was sampled, at the temperature it was sampled at
-        assert row["sampling/logp_difference_max"] is None or row["sampling/logp_difference_max"] < 1e-3
+        assert (
+            row["sampling/logp_difference_max"] is None
+            or row["sampling/logp_difference_max"] < 1e-3
+        )
     if "--kl reward" in options:
         assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)  # pi_t starts as pi_0 ...
         assert rows[1]["kl"] != 0  # ... and has moved
@@ -194,7 +221,9 @@ def test_each_stage_of_the_algorithm_asks_whom_it_should(engine, policy):
             calls.append("sync")
 
     Spy.encode, Spy.context = engine.encode, engine.context
-    s = argparse.Namespace(**{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9})
+    s = argparse.Namespace(
+        **{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "temperature": 0.9}
+    )
     optimizer = torch.optim.AdamW([p for p in policy[0].parameters() if p.requires_grad], lr=1e-3)
     train.cat_step(s, 0, load_sums(None)[0][:3], Spy(), None, policy[0], optimizer)
     assert calls == [("pi_t", 3, 4, 0.9), ("pi_0", 3, 1, 0.9), "sleep", "sync"]
@@ -204,7 +233,11 @@ def test_sft_asks_only_the_anchor_and_imitates_its_references(engine, policy, mo
     """CaT-SFT: rollouts and references come from pi_0, and the gradient is that of cross-entropy on whole references."""
     model, who, seen = policy[0], [], {}
     sample, update = engine.sample, train.update
-    monkeypatch.setattr(engine, "sample", lambda *a, policy=True, **k: who.append(policy) or sample(*a, policy=policy, **k))
+    monkeypatch.setattr(
+        engine,
+        "sample",
+        lambda *a, policy=True, **k: who.append(policy) or sample(*a, policy=policy, **k),
+    )
 
     def spy(model, optimizer, targets, *arguments, **options):
         seen["targets"] = targets
@@ -215,7 +248,15 @@ def test_sft_asks_only_the_anchor_and_imitates_its_references(engine, policy, mo
     # with plain SGD and a norm below the clip, the step of the weights IS the gradient
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in trainable.items()}
-    s = argparse.Namespace(**{**DEFAULTS, **TASKS["sums"].settings, "group_size": 4, "max_new_tokens": 48, "method": "sft"})
+    s = argparse.Namespace(
+        **{
+            **DEFAULTS,
+            **TASKS["sums"].settings,
+            "group_size": 4,
+            "max_new_tokens": 48,
+            "method": "sft",
+        }
+    )
     questions = load_sums(None)[0][:6]
     monkeypatch.setitem(train.sft_step.__globals__, "update", partial(spy, max_grad_norm=1e9))
     _, references, _, numbers = train.sft_step(
@@ -231,8 +272,16 @@ def test_sft_asks_only_the_anchor_and_imitates_its_references(engine, policy, mo
             p.copy_(before[name])
     loss, tokens = 0.0, sum(len(o.ids) for o in seen["targets"])
     for o in seen["targets"]:
-        logits = model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[0, len(o.prompt_ids) - 1 : -1]
-        loss = loss + torch.nn.functional.cross_entropy(logits.double(), torch.tensor(o.ids), reduction="sum") / tokens
+        logits = model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[
+            0, len(o.prompt_ids) - 1 : -1
+        ]
+        loss = (
+            loss
+            + torch.nn.functional.cross_entropy(
+                logits.double(), torch.tensor(o.ids), reduction="sum"
+            )
+            / tokens
+        )
     loss.backward()
     assert numbers["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     for name, p in trainable.items():
@@ -241,7 +290,9 @@ def test_sft_asks_only_the_anchor_and_imitates_its_references(engine, policy, mo
 
 def test_sft_validates_without_labels_stops_early_and_teaches(tmp_path, capsys):
     unlabelled = tmp_path / "sums.jsonl"
-    unlabelled.write_text("\n".join(json.dumps({"prompt": f"What is {n} + 4321?"}) for n in range(1000, 1040)))
+    unlabelled.write_text(
+        "\n".join(json.dumps({"prompt": f"What is {n} + 4321?"}) for n in range(1000, 1040))
+    )
     arguments = f"--task jsonl --data {unlabelled} --model tiny --method sft --lr 1 --validate-every 1 --patience 2".split()
     out = tmp_path / "stops"
     assert train.main([*SMALL, *arguments, "--steps", "9", "--out", str(out)]) == 0
@@ -263,7 +314,10 @@ def test_sft_validates_without_labels_stops_early_and_teaches(tmp_path, capsys):
 
 def kill_after(process, out, steps, signal_number):
     deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < steps:
+    while (
+        not (out / "metrics.jsonl").exists()
+        or len((out / "metrics.jsonl").read_bytes().splitlines()) < steps
+    ):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -290,7 +344,9 @@ def lines_that_parse(path):
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
     out = tmp_path / "run"
     process = start("--steps", 50, "--out", out)
-    _, error = kill_after(process, out, 3, signal.SIGINT)  # the third line is logged: the second step is saved
+    _, error = kill_after(
+        process, out, 3, signal.SIGINT
+    )  # the third line is logged: the second step is saved
     assert process.returncode == 130
     assert f"--resume --out {out}" in error
     assert "Traceback" not in error
@@ -307,7 +363,9 @@ def test_a_crash_between_log_and_checkpoint_does_the_step_again(straight, tmp_pa
         log.write('{"step": 3, "reward": 0.9}\n{"step": 4, "rew')
     assert train.main(["--resume", "--steps", "6", "--out", str(out)]) == 0
     assert metrics(out) == metrics(straight)
-    assert json.loads((out / "config.json").read_text())["settings"]["steps"] == 6  # a plain --resume goes as far
+    assert (
+        json.loads((out / "config.json").read_text())["settings"]["steps"] == 6
+    )  # a plain --resume goes as far
 
 
 def test_a_run_killed_before_its_first_step_starts_over(straight, tmp_path):
@@ -393,7 +451,9 @@ def test_an_existing_run_is_never_overwritten(straight, tmp_path, capsys):
         ("--importance-cap -1", "0 up"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_status_2(arguments, sentence, capsys, tmp_path, monkeypatch):
+def test_bad_input_gets_one_sentence_and_status_2(
+    arguments, sentence, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(arguments.split(), capsys)
     left = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -421,16 +481,26 @@ def test_what_changes_no_result_may_change_when_a_run_is_resumed(straight, tmp_p
 def test_without_vllm_auto_says_so_and_asking_for_it_is_refused(capsys, tmp_path):
     assert installed_engine()[0] == "transformers"
     assert "not installed" in installed_engine()[1]
-    assert "requirements-gpu.txt" in refused(["--engine", "vllm", "--out", str(tmp_path / "run")], capsys)
+    assert "requirements-gpu.txt" in refused(
+        ["--engine", "vllm", "--out", str(tmp_path / "run")], capsys
+    )
 
 
 def test_the_final_table_samples_as_the_paper_does_for_its_models():
     """The paper's table of hyper-parameters; a part that is given goes before it."""
     table = {"google/gemma-3-4b-it": (1.0, 64, 0.95), "Qwen/Qwen3-4B": (0.7, 20, 0.8)}
-    table |= {"meta-llama/Llama-3.1-8B-Instruct": (0.7, 50, 0.9), "tiny": (1.3, 0, 1.0), "/home/llama/mine": (1.3, 0, 1.0)}
+    table |= {
+        "meta-llama/Llama-3.1-8B-Instruct": (0.7, 50, 0.9),
+        "tiny": (1.3, 0, 1.0),
+        "/home/llama/mine": (1.3, 0, 1.0),
+    }
     for name, values in table.items():
         assert tuple(eval_sampling({}, name, 1.3).values()) == values
-    assert eval_sampling({"top_k": 5}, "Qwen/Qwen3-4B", 1.3) == {"temperature": 0.7, "top_k": 5, "top_p": 0.8}
+    assert eval_sampling({"top_k": 5}, "Qwen/Qwen3-4B", 1.3) == {
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.8,
+    }
 
 
 def test_help_explains_every_setting_with_default_and_paper(capsys):
@@ -472,7 +542,9 @@ def test_it_runs_from_elsewhere_with_a_read_only_checkout_and_spaces_in_paths(tm
         for path in [*before, checkout]:
             path.chmod(0o755)
     assert done.returncode == 0, done.stderr
-    assert sorted(p for p in checkout.rglob("*")) == before  # also as root, whom permissions do not stop
+    assert (
+        sorted(p for p in checkout.rglob("*")) == before
+    )  # also as root, whom permissions do not stop
     (out,) = (elsewhere / "runs").iterdir()
     assert out.name.startswith("sums-tiny-")
     assert "trained: CaT" in done.stdout
@@ -493,7 +565,9 @@ def test_each_pass_over_the_questions_takes_every_one_once_in_a_new_order():
     drawn = [q for step in range(5) for q in train.batch_of(questions, 4, step, seed=0)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == questions
     assert drawn[:10] != drawn[10:]
-    assert train.batch_of(questions, 4, 2, seed=0) == drawn[8:12]  # a function of (seed, step) alone
+    assert (
+        train.batch_of(questions, 4, 2, seed=0) == drawn[8:12]
+    )  # a function of (seed, step) alone
     assert [train.batch_of(questions, 4, 0, seed=s) for s in range(4)].count(drawn[:4]) == 1
 
 
@@ -522,10 +596,14 @@ def test_what_would_leak_labels_or_do_nothing_is_refused(arguments, sentence, ca
 def test_an_evaluation_is_not_a_run_to_be_resumed(tmp_path, capsys):
     import evaluate
 
-    arguments = "--eval-questions 2 --group-size 2 --max-new-tokens 24 --aggregators majority".split()
+    arguments = (
+        "--eval-questions 2 --group-size 2 --max-new-tokens 24 --aggregators majority".split()
+    )
     assert evaluate.main([*arguments, "--out", str(tmp_path / "evaluation")]) == 0
     before = (tmp_path / "evaluation" / "table.md").read_bytes()
-    assert "cannot be continued" in refused(["--resume", "--out", str(tmp_path / "evaluation")], capsys)
+    assert "cannot be continued" in refused(
+        ["--resume", "--out", str(tmp_path / "evaluation")], capsys
+    )
     assert (tmp_path / "evaluation" / "table.md").read_bytes() == before
 
 

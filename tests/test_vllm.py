@@ -13,7 +13,9 @@ import urllib.request
 import pytest
 import torch
 
-pytest.importorskip("vllm", reason="vLLM is not installed (the README says how to test it without a GPU)")
+pytest.importorskip(
+    "vllm", reason="vLLM is not installed (the README says how to test it without a GPU)"
+)
 
 import vllm
 
@@ -29,7 +31,9 @@ from test_ranks import ROOT, run
 QUESTIONS = load_sums(None)[1]
 PROMPTS = [q.messages for q in QUESTIONS[:8]]
 # Longer than two blocks of the prefix cache, so that stale or foreign blocks would be used.
-LONG = synthesis_messages(["ones: 1+2=3\ntens: 4+5=9\nhundreds: 0+0=0\nthousands: 1+1=2\n\\boxed{2093}"] * 8)
+LONG = synthesis_messages(
+    ["ones: 1+2=3\ntens: 4+5=9\nhundreds: 0+0=0\nthousands: 1+1=2\n\\boxed{2093}"] * 8
+)
 MEMORY = {"kv_cache_memory_bytes": 1 << 28}
 SMALL = ["--engine", "vllm", "--engine-args", json.dumps(MEMORY)]
 SMALL += "--prompts-per-step 4 --group-size 4 --eval-questions 6 --max-new-tokens 48".split()
@@ -50,7 +54,9 @@ def engines():
     base, tokenizer = load_base(str(TINY_MODEL))
     model = add_lora(base, rank=16, seed=0)
     shift(model, 1)
-    return VLLMEngine(model, tokenizer, vllm_options(model, MEMORY)), TransformersEngine(model, tokenizer)
+    return VLLMEngine(model, tokenizer, vllm_options(model, MEMORY)), TransformersEngine(
+        model, tokenizer
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +71,17 @@ def texts(groups):
 
 
 def worst_difference(ours, theirs):
-    return max(abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True))
+    return max(
+        abs(a - b) for x, y in zip(ours, theirs, strict=True) for a, b in zip(x, y, strict=True)
+    )
 
 
 @pytest.mark.parametrize("policy", [True, False])
 def test_greedy_text_equals_transformers(engines, policy):
-    vllm, reference = (texts(e.sample(PROMPTS, 2, policy=policy, temperature=0, max_new_tokens=48)) for e in engines)
+    vllm, reference = (
+        texts(e.sample(PROMPTS, 2, policy=policy, temperature=0, max_new_tokens=48))
+        for e in engines
+    )
     assert vllm == reference
     assert vllm[0][0] == vllm[0][1]
 
@@ -85,7 +96,10 @@ def test_the_adapter_changes_what_the_policy_says_and_not_what_the_anchor_says(e
             o = engines[0].sample(long, 1, policy=policy, temperature=0, max_new_tokens=20)
             expected = engines[1].score(long, [group[0].ids for group in o], policy=policy)
             assert worst_difference([group[0].logprobs for group in o], expected) < TOLERANCE / 100
-    a, b = (engines[0].sample(PROMPTS, 1, policy=p, temperature=0, max_new_tokens=20) for p in (True, False))
+    a, b = (
+        engines[0].sample(PROMPTS, 1, policy=p, temperature=0, max_new_tokens=20)
+        for p in (True, False)
+    )
     assert texts(a) != texts(b)
 
 
@@ -103,7 +117,9 @@ def test_rollouts_carry_ids_and_the_logprobs_that_the_trainer_computes(engines, 
             assert o.text == engines[0].tokenizer.decode(o.ids, skip_special_tokens=True)
             reasons.add(o.finish_reason)
             with torch.no_grad():
-                expected, _, _ = token_logprobs(engines[0].model, [o.prompt_ids], [o.ids], temperature=temperature)
+                expected, _, _ = token_logprobs(
+                    engines[0].model, [o.prompt_ids], [o.ids], temperature=temperature
+                )
             assert worst_difference([o.logprobs], expected.tolist()) < TOLERANCE / 100
     assert len({tuple(o.ids) for group in groups for o in group}) > len(PROMPTS)
     cut = engines[0].sample(PROMPTS[:1], 1, max_new_tokens=3)[0][0]
@@ -116,7 +132,9 @@ def test_first_tokens_follow_the_models_distribution(engines):
     with torch.no_grad():
         logits = engines[0].model(input_ids=torch.tensor([group[0].prompt_ids])).logits[0, -1]
     probabilities = torch.softmax(logits.double(), -1)
-    counts = torch.bincount(torch.tensor([o.ids[0] for o in group]), minlength=len(probabilities)).double()
+    counts = torch.bincount(
+        torch.tensor([o.ids[0] for o in group]), minlength=len(probabilities)
+    ).double()
     z = (counts - n * probabilities) / (n * probabilities * (1 - probabilities)).sqrt().clamp(min=1)
     assert z.abs().max() < 5
 
@@ -125,10 +143,16 @@ def test_first_tokens_follow_the_models_distribution(engines):
 def test_evaluation_samples_come_from_the_truncated_distribution(engines, top_k, top_p):
     """Temperature, then top-k, then top-p; the log-probabilities are of what is left, as the transformers engine's."""
     sizes = []
-    for o in engines[0].sample(PROMPTS[:1], 20, temperature=2.0, top_k=top_k, top_p=top_p, max_new_tokens=12, seed=3)[0]:
+    for o in engines[0].sample(
+        PROMPTS[:1], 20, temperature=2.0, top_k=top_k, top_p=top_p, max_new_tokens=12, seed=3
+    )[0]:
         with torch.no_grad():
-            logits = engines[0].model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[0].double()
-        for token, logprob, row in zip(o.ids, o.logprobs, logits[len(o.prompt_ids) - 1 : -1], strict=True):
+            logits = (
+                engines[0].model(input_ids=torch.tensor([o.prompt_ids + o.ids])).logits[0].double()
+            )
+        for token, logprob, row in zip(
+            o.ids, o.logprobs, logits[len(o.prompt_ids) - 1 : -1], strict=True
+        ):
             left = truncated(row, 2.0, top_k, top_p)
             assert math.exp(logprob) == pytest.approx(left[token], rel=1e-3)
             sizes.append(len(left))
@@ -136,15 +160,21 @@ def test_evaluation_samples_come_from_the_truncated_distribution(engines, top_k,
 
 
 def test_the_same_seed_gives_the_same_rollouts_and_another_gives_others(engines):
-    first, again, other = (texts(engines[0].sample(PROMPTS, 2, max_new_tokens=20, seed=s)) for s in (1, 1, 2))
+    first, again, other = (
+        texts(engines[0].sample(PROMPTS, 2, max_new_tokens=20, seed=s)) for s in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 
 
 @pytest.mark.parametrize("policy", [True, False])
 def test_score_equals_transformers(engines, policy):
-    completions = [o.ids for group in engines[0].sample(PROMPTS, 1, max_new_tokens=30, seed=4) for o in group]
-    completions[0] = engines[0].tokenizer.encode("ones: 9+9=3", add_special_tokens=False)  # unlikely tokens too
+    completions = [
+        o.ids for group in engines[0].sample(PROMPTS, 1, max_new_tokens=30, seed=4) for o in group
+    ]
+    completions[0] = engines[0].tokenizer.encode(
+        "ones: 9+9=3", add_special_tokens=False
+    )  # unlikely tokens too
     vllm, reference = (e.score(PROMPTS, completions, policy=policy) for e in engines)
     assert [len(s) for s in vllm] == [len(c) for c in completions]
     assert worst_difference(vllm, reference) < TOLERANCE / 100
@@ -164,7 +194,12 @@ def test_fifty_swaps_leave_one_adapter_and_always_the_newest(engines):
         with torch.no_grad():
             expected, _, _ = token_logprobs(vllm.model, [o.prompt_ids], [o.ids], temperature=2.0)
         assert worst_difference([o.logprobs], expected.tolist()) < TOLERANCE / 100, swap
-        assert worst_difference(vllm.score([LONG], [completion]), reference.score([LONG], [completion])) < TOLERANCE / 100
+        assert (
+            worst_difference(
+                vllm.score([LONG], [completion]), reference.score([LONG], [completion])
+            )
+            < TOLERANCE / 100
+        )
         seen.add(round(float(expected.sum()), 3))
     assert len(seen) > 30  # the weights did change
 
@@ -210,7 +245,9 @@ def test_a_run_with_vllm_trains_and_resumes(tmp_path, capsys):
 def test_two_ranks_have_an_engine_each_and_train_one_policy(tmp_path, monkeypatch):
     """Under torchrun the trainers' process group is there before vLLM makes its own."""
     out = tmp_path / "run"
-    printed, err = run(2, *SMALL, "--steps", "3", "--eval-questions", "1", "--out", out)  # one question: a rank asks nothing
+    printed, err = run(
+        2, *SMALL, "--steps", "3", "--eval-questions", "1", "--out", out
+    )  # one question: a rank asks nothing
     rows = metrics(out)
     assert [row["step"] for row in rows] == [0, 1, 2]
     # The largest over both ranks' shares of the tokens: each engine has the adapter that both trainers have made.
@@ -246,11 +283,15 @@ def test_an_engine_split_over_two_devices_gives_the_same_and_obeys_seeds(engines
     (first, again, other), greedy, devices = json.loads((tmp_path / "out.json").read_text())
     assert devices == 2
     assert first == again != other
-    assert greedy == [[o.ids for o in g] for g in engines[1].sample(PROMPTS, 1, temperature=0, max_new_tokens=48)]
+    assert greedy == [
+        [o.ids for o in g] for g in engines[1].sample(PROMPTS, 1, temperature=0, max_new_tokens=48)
+    ]
     for group, messages in zip(first, PROMPTS, strict=True):
         for ids, logprobs in group:
             with torch.no_grad():
-                expected, _, _ = token_logprobs(engines[1].model, [engines[1].encode(messages)], [ids], temperature=1.0)
+                expected, _, _ = token_logprobs(
+                    engines[1].model, [engines[1].encode(messages)], [ids], temperature=1.0
+                )
             assert worst_difference([logprobs], expected.tolist()) < TOLERANCE / 100
 
 
@@ -264,7 +305,9 @@ def test_a_sync_that_does_nothing_is_warned_of(tmp_path, capsys, monkeypatch):
     assert "WARNING: step" in capsys.readouterr().err
 
 
-def test_an_engine_that_dies_leaves_a_checkpoint_that_another_engine_continues(tmp_path, capsys, monkeypatch):
+def test_an_engine_that_dies_leaves_a_checkpoint_that_another_engine_continues(
+    tmp_path, capsys, monkeypatch
+):
     out, real, calls = tmp_path / "run", VLLMEngine._generate, []
 
     def dies(self, *given, **params):
@@ -304,10 +347,20 @@ def test_a_model_that_vllm_does_not_know_is_refused(tmp_path, capsys):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     _, tokenizer = load_base(str(TINY_MODEL))
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=1, n_head=2, eos_token_id=3)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=256, n_embd=32, n_layer=1, n_head=2, eos_token_id=3
+    )
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    arguments = [*SMALL, "--group-size", "2", "--max-new-tokens", "20", "--model", str(tmp_path / "model")]
+    arguments = [
+        *SMALL,
+        "--group-size",
+        "2",
+        "--max-new-tokens",
+        "20",
+        "--model",
+        str(tmp_path / "model"),
+    ]
     assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 2
     assert "--engine transformers" in capsys.readouterr().err
 
@@ -317,12 +370,29 @@ def test_a_model_that_vllm_does_not_know_is_refused(tmp_path, capsys):
 
 @pytest.fixture
 def healthbench(tmp_path):
-    rubric = [{"criterion": c, "points": p} for c, p in (("Is kind", 5), ("Is right", 10), ("Is rude", -4))]
+    rubric = [
+        {"criterion": c, "points": p}
+        for c, p in (("Is kind", 5), ("Is right", 10), ("Is rude", -4))
+    ]
     asked = [[{"role": "user", "content": f"What is {n} + 1?"}] for n in range(1000, 1006)]
-    rows = [{"prompt_id": f"q{n}", "prompt": prompt, "rubrics": rubric} for n, prompt in enumerate(asked)]
+    rows = [
+        {"prompt_id": f"q{n}", "prompt": prompt, "rubrics": rubric}
+        for n, prompt in enumerate(asked)
+    ]
     path = tmp_path / "health.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    return ["--task", "healthbench", "--model", "tiny", "--data", str(path), "--validate-every", "0", "--steps", "1"]
+    return [
+        "--task",
+        "healthbench",
+        "--model",
+        "tiny",
+        "--data",
+        str(path),
+        "--validate-every",
+        "0",
+        "--steps",
+        "1",
+    ]
 
 
 def rollouts(out):
@@ -331,8 +401,16 @@ def rollouts(out):
 
 def test_the_anchor_judges_in_the_same_engine_and_is_held_to_yes_and_no(healthbench, tmp_path):
     out = tmp_path / "run"
-    assert train.main([*SMALL, *healthbench, "--reward", "physician", "--judge", "anchor", "--out", str(out)]) == 0
-    assert {text for row in rollouts(out) for texts in row["judge"] for text in texts} <= {"yes", "no"}
+    assert (
+        train.main(
+            [*SMALL, *healthbench, "--reward", "physician", "--judge", "anchor", "--out", str(out)]
+        )
+        == 0
+    )
+    assert {text for row in rollouts(out) for texts in row["judge"] for text in texts} <= {
+        "yes",
+        "no",
+    }
     assert metrics(out)[0]["judge/unknown_rate"] == 0
 
 
@@ -342,12 +420,22 @@ def test_a_step_judged_by_vllm_serve(healthbench, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # What `vllm serve` starts; the command itself does not find its own version in the build for CPUs.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(TINY_MODEL)]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(TINY_MODEL),
+    ]
     command += ["--served-model-name", "judge"]
     command += ["--port", str(port), "--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
     with (tmp_path / "server.log").open("w") as log:
         server = subprocess.Popen(
-            command, stdout=log, stderr=log, env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"}, start_new_session=True
+            command,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1"},
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 300
@@ -360,11 +448,18 @@ def test_a_step_judged_by_vllm_serve(healthbench, tmp_path):
             except OSError:
                 time.sleep(1)
         out = tmp_path / "run"
-        arguments = (
-            "--engine transformers --prompts-per-step 2 --group-size 2 --eval-questions 1 --max-new-tokens 24".split()
+        arguments = "--engine transformers --prompts-per-step 2 --group-size 2 --eval-questions 1 --max-new-tokens 24".split()
+        arguments += [
+            "--judge",
+            "server",
+            "--judge-url",
+            f"http://127.0.0.1:{port}/v1",
+            "--judge-model",
+            "judge",
+        ]
+        assert (
+            train.main([*arguments, *healthbench, "--reward", "physician", "--out", str(out)]) == 0
         )
-        arguments += ["--judge", "server", "--judge-url", f"http://127.0.0.1:{port}/v1", "--judge-model", "judge"]
-        assert train.main([*arguments, *healthbench, "--reward", "physician", "--out", str(out)]) == 0
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGKILL)
@@ -372,7 +467,11 @@ def test_a_step_judged_by_vllm_serve(healthbench, tmp_path):
     rows = rollouts(out)
     assert [len(row["judge"]) for row in rows] == [2, 2]
     for row in rows:
-        assert all(isinstance(text, str) for texts in row["judge"] for text in texts)  # every call was answered ...
+        assert all(
+            isinstance(text, str) for texts in row["judge"] for text in texts
+        )  # every call was answered ...
         assert all(len(texts) == 3 for texts in row["judge"])
     unknown = [v is None for row in rows for verdicts in row["verdicts"] for v in verdicts]
-    assert metrics(out)[0]["judge/unknown_rate"] == sum(unknown) / len(unknown)  # ... and what it means is not made up
+    assert metrics(out)[0]["judge/unknown_rate"] == sum(unknown) / len(
+        unknown
+    )  # ... and what it means is not made up
