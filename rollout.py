@@ -12,9 +12,8 @@ Policy and anchor are ONE model. The policy pi_t is the base with a LoRA adapter
 pi_0 is the same base with the adapter off, because a LoRA starts as the identity. So the anchor,
 which is also the reference policy of the KL, costs no second copy of the weights.
 
-Token ids go in and token ids come out. The trainer sees exactly the ids that were sampled.
-Decoding them to text and encoding the text again can give other ids, whose probabilities nobody
-sampled from.
+Token ids come out, beside the text, and the trainer sees exactly these. Decoding them to text and
+encoding the text again can give other ids, whose probabilities nobody sampled from.
 
 The engine in this file is vLLM. The other one, for machines without it, samples with the
 trainer's own model: plumbing/decoding.py. Tests hold the two to each other.
@@ -40,8 +39,8 @@ Messages = Sequence[dict[str, str]]
 class Rollout:
     """One completion o_i of a prompt q, and what the engine knows about it.
 
-    The log-probabilities are the engine's own, at the sampling temperature. The trainer computes
-    them again with its own kernels; the difference is logged, and corrected for (grpo.py).
+    Its log-probabilities are at the sampling temperature. The trainer computes them again with its
+    own kernels; the difference is logged, and corrected for (grpo.micro_batch_loss).
     """
 
     text: str  # decoded, without special tokens
@@ -53,10 +52,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn. Training leaves top_k and top_p off.
+    """How text is drawn. Training leaves top_k and top_p off, and evaluation does as the paper does.
 
     Truncated samples come from another distribution than the one whose gradient is taken.
-    Evaluation may truncate, and does so as the paper does (plumbing/flags.py).
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -138,8 +136,8 @@ class VLLMEngine(Engine):
 
     Several times faster than decoding with the trainer's model, for a second copy of the base and
     a cache of keys and values. Every request carries the newest LoRA (the policy) or none (the
-    anchor), so one vLLM serves both. `given` are options of vllm.LLM that go before our own
-    (--engine-args). Raises InputError if vLLM does not start, EngineError if it fails later.
+    anchor), so one vLLM serves both. `given` are options of vllm.LLM that go before our own.
+    Raises InputError if vLLM does not start, and EngineError if it fails later.
     """
 
     def __init__(self, model, tokenizer, given: dict):
@@ -161,9 +159,7 @@ class VLLMEngine(Engine):
     def sleep(self) -> None:
         if self.sleeps:
             with failures_named():
-                # Level 1: weights go to main memory and the KV cache is dropped. Level 2 would
-                # lose the weights.
-                self.llm.sleep(level=1)
+                self.llm.sleep(level=1)  # level 2 would lose the weights
             self.asleep = True
 
     def sync(self) -> None:

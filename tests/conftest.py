@@ -12,8 +12,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = (
 import pytest
 import torch
 
-from rollout import TransformersEngine
-from tasks import TINY_MODEL, add_lora, load_base
+from plumbing.decoding import TransformersEngine
+from plumbing.models import TINY_MODEL, add_lora, load_base
 
 
 def tiny_policy():
