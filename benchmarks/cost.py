@@ -2,10 +2,9 @@
 
     python benchmarks/cost.py runs/NAME...
 
-Medians over a run's steps, with their ranges, without its first step, in which kernels are compiled and caches filled.
-Generated tokens are those of rollouts and references. Peak memory and minutes are those of results.json, which a run
-that was stopped does not have.
-"""
+Medians over a run's steps, with their ranges, without its first step, in which kernels are
+compiled and caches filled. Generated tokens are those of rollouts and references. Peak memory and
+minutes are those of results.json, which a run that was stopped does not have."""
 
 import argparse
 import json
@@ -15,13 +14,15 @@ from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runs import markdown
+from analysis.tables import markdown
 
 PHASES = ("rollouts", "references", "rewards", "update")  # of a step: time/... in metrics.jsonl
 
 
 def cost(run: Path) -> dict[str, str]:
-    """The run's column of the table, row by row. Raises OSError or KeyError for a folder without timed steps."""
+    """The run's column of the table, row by row. Raises OSError or KeyError for a folder without
+    timed steps.
+    """
     rows = [
         json.loads(line)
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -70,7 +71,7 @@ def main() -> None:
             columns[f"{run}"] = cost(run)
         except (OSError, KeyError) as error:
             parser.error(
-                f"{run} holds no timed steps ({error!r}): name folders of runs of --method grpo"
+                f"{run} holds no timed steps ({error!r}): name folders of runs of train.py"
             )
     first = next(iter(columns.values()))
     print(

@@ -1,9 +1,10 @@
-"""How long the paper's setting would take on 1, 8 and 64 GPUs: arithmetic on assumptions, nothing measured.
+"""How long the paper's setting would take on 1, 8 and 64 GPUs: arithmetic on assumptions, nothing
+measured.
 
     python benchmarks/estimate.py [--gpus 1 8 64] [--prompts 32] [--new-tokens 1536]
 
-Every completion is taken to be as long as allowed, so this is an upper bound in that respect; time goes with the length.
-"""
+Every completion is taken to be as long as allowed, so this is an upper bound in that respect;
+time goes with the length."""
 
 import argparse
 import math
@@ -24,8 +25,9 @@ def forward_flops(tokens: float, context: float) -> float:
 
 
 def decode_seconds(sequences: int, prompt: int, new: int) -> float:
-    """Each new token reads the weights once for all sequences, and every sequence's keys and values; as many sequences at
-    a time as their keys and values have room for."""
+    """Each new token reads the weights once for all sequences, and every sequence's keys and
+    values; as many sequences at a time as their keys and values have room for.
+    """
     if not sequences:
         return 0.0
     waves = math.ceil(sequences / (KV_ROOM // (KV_BYTES * (prompt + new))))
@@ -38,7 +40,8 @@ def step(gpus: int, prompts: int, new: int) -> dict[str, float]:
     mine = math.ceil(prompts / gpus)  # prompts are shared out whole
     sequence = PROMPT + new
     batches = math.ceil(prompts * G / (MICRO_BATCH // sequence))
-    # Per token: the reference's pass, the policy's, the same again for checkpointing, and the backward pass, which for a
+    # Per token: the reference's pass, the policy's, the same again for checkpointing, and the
+    # backward pass, which for a
     # frozen base costs as much as a forward one. Four forward passes.
     update = (
         math.ceil(batches / gpus)
@@ -77,10 +80,10 @@ def main() -> None:
         parts = step(gpus, s.prompts, s.new_tokens)
         total = sum(parts.values())
         first, hours = first or total, total * s.steps / 3600
-        cells = f"{parts['rollouts']:8.1f}  {parts['references']:10.1f}  {parts['update']:6.1f}  {parts['exchange']:8.1f}"
-        print(
-            f"{gpus:4d}  {cells}  {total:6.1f}  {hours:7.1f}  {hours * gpus:9.0f}  {first / total:12.1f}"
-        )
+        widths = {"rollouts": 8, "references": 10, "update": 6, "exchange": 8}
+        cells = "  ".join(f"{parts[name]:{width}.1f}" for name, width in widths.items())
+        total_hours = f"{hours:7.1f}  {hours * gpus:9.0f}"
+        print(f"{gpus:4d}  {cells}  {total:6.1f}  {total_hours}  {first / total:12.1f}")
 
 
 if __name__ == "__main__":

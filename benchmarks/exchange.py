@@ -1,4 +1,5 @@
-"""How long ranks take to add up a LoRA's gradients, as grpo.update does it: what many GPUs cost in every step.
+"""How long ranks take to add up a LoRA's gradients, as grpo.update does it: what many GPUs cost
+in every step.
 
 torchrun --nproc-per-node=2 benchmarks/exchange.py [--numbers 66000000] [--repeats 5]
 """
@@ -27,7 +28,5 @@ for _ in range(s.repeats):
     torch.distributed.all_reduce(gradients)
     seconds = time.perf_counter() - started
     if torch.distributed.get_rank() == 0:
-        print(
-            f"{4 * s.numbers / 1e6:.0f} MB over {torch.distributed.get_world_size()} ranks: {seconds:.2f} s",
-            flush=True,
-        )
+        size, ranks = f"{4 * s.numbers / 1e6:.0f} MB", torch.distributed.get_world_size()
+        print(f"{size} over {ranks} ranks: {seconds:.2f} s", flush=True)

@@ -1,26 +1,27 @@
-"""How seconds and peak memory of `update` and `sample` grow with rollouts G and with their length T, and a straight line.
+"""How seconds and peak memory of `update` and `sample` grow with rollouts G and with their length
+T, and a straight line.
 
-    python benchmarks/growth.py --model DIR_OR_ID [--gs 2 4 8 16 32] [--lengths 64 128 256 512 1024] [--plot growth.png]
+    python benchmarks/growth.py --model DIR_OR_ID [--gs 2 4 8 16 32] [--lengths 64 128 256 512
+    1024] [--plot growth.png]
 
-One prompt; G varies at T = --new-tokens, then T at G = --g. Seconds should grow as the tokens that are read, P + G T, and
-the update's memory should stop growing once a micro-batch is full. The KV cache makes sampling's memory grow by design:
-all rollouts of a prompt run together.
+One prompt; G varies at T = --new-tokens, then T at G = --g. Seconds should grow as the tokens
+that are read, P + G T, and the update's memory should stop growing once a micro-batch is full.
+The KV cache makes sampling's memory grow by design: all rollouts of a prompt run together.
 
-Peak memory is a high-water mark and an allocator keeps what it once had, so every point is two processes of its own, one
-that samples and one that updates, from made-up rollouts. On a CPU it is that of the whole process, PyTorch and the
-weights included; on a GPU, what PyTorch allocated. `loaded` is what it was just before, so the difference is the work's.
-"""
+Peak memory is a high-water mark and an allocator keeps what it once had, so every point is two
+processes of its own, one that samples and one that updates, from made-up rollouts. On a CPU it is
+that of the whole process, PyTorch and the weights included; on a GPU, what PyTorch allocated.
+`loaded` is what it was just before, so the difference is the work's."""
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from work import endless_engine, load_trainer, process_peak_gib
 
 
 def peak_gib() -> float:
@@ -28,51 +29,38 @@ def peak_gib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return process_peak_gib()
 
 
 def measure(s: argparse.Namespace) -> dict[str, float]:
     """One point, one of its two parts, in this process."""
-    sys.path.insert(0, str(ROOT))
     import torch
 
-    from grpo import update
-    from rewards import advantages
-    from rollout import Rollout, TransformersEngine
-    from tasks import add_lora, load_base
+    from grpo import GRPOConfig, update
+    from plumbing.logprobs import token_logprobs
+    from rollout import Rollout, Sampling
 
-    base, tokenizer = load_base(s.model)
-    base.to(getattr(torch, s.dtype))
-    model = add_lora(base, 16, 0, s.gradient_checkpointing)
+    model, tokenizer, optimizer = load_trainer(s.model, s.dtype, s.gradient_checkpointing)
     g, t = s.point
     generator = torch.Generator().manual_seed(0)
-    vocabulary = base.get_input_embeddings().num_embeddings
+    vocabulary = model.get_base_model().get_input_embeddings().num_embeddings
 
     def random_ids(count: int) -> list[int]:
         return torch.randint(10, vocabulary, (count,), generator=generator).tolist()
 
     if s.part == "update":
-        optimizer = torch.optim.AdamW(
-            [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0
-        )
+        cfg = GRPOConfig(token_budget=s.micro_batch_tokens, importance_cap=None)
 
         def work(n: int, length: int, prompt: list[int]) -> None:
-            rollouts = [
-                Rollout("", random_ids(length), [-1.0] * length, "length", prompt) for _ in range(n)
-            ]
-            advantage = advantages(torch.rand(1, n, generator=generator)).flatten()
-            update(
-                model, optimizer, rollouts, advantage, beta=1e-3, token_budget=s.micro_batch_tokens
-            )
+            nothing = [-1.0] * length
+            group = [Rollout("", random_ids(length), nothing, "length", prompt) for _ in range(n)]
+            rewards = torch.rand(1, n, generator=generator)
+            update(model, optimizer, [group], rewards, cfg, logprobs=token_logprobs)
     else:
-        engine = TransformersEngine(model, tokenizer)
-        engine.stop_ids = [
-            len(tokenizer) + 10**6
-        ]  # never sampled: every rollout has the same length
-        engine.encode = lambda ids: ids  # the prompt is ids already
+        engine = endless_engine(model, tokenizer)
 
         def work(n: int, length: int, prompt: list[int]) -> None:
-            (group,) = engine.sample([prompt], n, max_new_tokens=length)
+            (group,) = engine.sample([prompt], n, Sampling(max_new_tokens=length))
             assert [len(o.ids) for o in group] == [length] * n
 
     work(
@@ -119,7 +107,8 @@ def draw(
     ):
         chosen = [by_size[size] for size in sizes]
         x = [p["tokens"] for p in chosen]
-        # The point that both series have in common is drawn by both: the larger marker stays visible under the other.
+        # The point that both series have in common is drawn by both: the larger marker stays
+        # visible under the other.
         style = {
             "linestyle": "none",
             "marker": marker,
@@ -259,24 +248,24 @@ def main() -> None:
     line = a + b * x
     device = "GPU" if points[0]["update"]["cuda"] else "CPU"
     name = s.model.rstrip("/").split("/")[-1]
-    title = f"{name}, {s.dtype}, {device}, prompt of {s.prompt_tokens} tokens, micro-batches of {s.micro_batch_tokens}"
+    title = f"{name}, {s.dtype}, {device}, prompt of {s.prompt_tokens} tokens, "
+    title += f"micro-batches of {s.micro_batch_tokens}"
     print(f"{title}, checkpointing {s.gradient_checkpointing}\n")
     print("               ------------------ update -----------------   ------ sampling -----")
     print("   G     T  tokens  seconds  us/token  off line  GiB (loaded)   seconds  GiB (loaded)")
     for p, fitted in zip(points, line, strict=True):
         u, v = p["update"], p["sampling"]
-        print(
-            f"{p['g']:4d} {p['t']:5d} {p['tokens']:7d} {u['seconds']:8.2f} {1e6 * u['seconds'] / p['tokens']:9.0f} "
-            f"{100 * (u['seconds'] / fitted - 1):+8.1f}% {u['gib']:5.2f} ({u['loaded']:.2f}) {v['seconds']:11.2f} "
-            f"{v['gib']:5.2f} ({v['loaded']:.2f})"
+        cost, off = 1e6 * u["seconds"] / p["tokens"], 100 * (u["seconds"] / fitted - 1)
+        updated = (
+            f"{u['seconds']:8.2f} {cost:9.0f} {off:+8.1f}% {u['gib']:5.2f} ({u['loaded']:.2f})"
         )
+        sampled = f"{v['seconds']:11.2f} {v['gib']:5.2f} ({v['loaded']:.2f})"
+        print(f"{p['g']:4d} {p['t']:5d} {p['tokens']:7d} {updated} {sampled}")
     squared = 1 - ((y - line) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-    print(
-        f"\nupdate: seconds = {a:.3f} + {1e6 * b:.1f}e-6 * tokens, R^2 = {squared:.4f}, over {len(points)} points"
-    )
-    print(
-        "A prompt is counted once; the update reads it once in each micro-batch. Sampling's memory holds all its KV cache."
-    )
+    line = f"seconds = {a:.3f} + {1e6 * b:.1f}e-6 * tokens, R^2 = {squared:.4f}"
+    print(f"\nupdate: {line}, over {len(points)} points")
+    print("A prompt is counted once; the update reads it once in each micro-batch.")
+    print("Sampling's memory holds all its KV cache.")
     draw(s.plot, points, series, a, b, title)
     print(f"wrote {s.plot}")
 

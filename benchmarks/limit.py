@@ -1,17 +1,21 @@
-"""What share of a GRPO step is work that cannot be left out: each half of a step beside the least that would do its work.
+"""What share of a GRPO step is work that cannot be left out: each half of a step beside the least
+that would do its work.
 
-    python benchmarks/limit.py --model DIR_OR_ID [--prompts 2] [--prompt-tokens 210] [--n 8] [--new-tokens 64]
+    python benchmarks/limit.py --model DIR_OR_ID [--prompts 2] [--prompt-tokens 210] [--n 8]
+    [--new-tokens 64]
 
-A step is engine.sample, rewards and advantages, and `update` with a KL term: what train.py does. Its limit is
+A step is engine.sample, rewards and advantages, and `update` with a KL term: what train.py does.
+Its limit is
 
-sampling  The engine's own throughput. transformers: a bare loop over the model's forward pass, with greedy tokens and no
-          log-probabilities, masks, end tokens or texts. vLLM: llm.generate alone.
-update    Every token once through the policy, forward and backward, and once through the reference, on plain rows that
-          share nothing, and the head with a softmax at each completion token: no entropy, metrics, clipping, optimizer.
+sampling  The engine's own throughput. transformers: a bare loop over the model's forward pass, with
+          greedy tokens and no log-probabilities, masks, end tokens or texts. vLLM: llm.generate.
+update    Every token once through the policy, forward and backward, and once through the reference,
+          on plain rows that share nothing, and the head with a softmax at each completion token: no
+          entropy, metrics, clipping, optimizer.
 
-Both run in one process and take turns (A B A B ...), because the machine's speed drifts: a share is taken within a turn.
-The limits are those of these libraries on this machine (LoRA on, and not merged into the base), not of the hardware.
-"""
+Both run in one process and take turns (A B A B ...), because the machine's speed drifts: a share
+is taken within a turn. The limits are those of these libraries on this machine (LoRA on, and not
+merged into the base), not of the hardware."""
 
 import argparse
 import json
@@ -19,25 +23,25 @@ import statistics
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import torch
-from against_trl import LORA, prompts_of, reward_of, shape_flags
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from work import endless_engine, load_trainer, prompts_of, rewards_of, shape_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from grpo import update
-from rewards import advantages
-from rollout import TransformersEngine, VLLMEngine
-from settings import vllm_options
-from tasks import add_lora, load_base
+from grpo import GRPOConfig, update
+from plumbing.logprobs import token_logprobs
+from rollout import Sampling
 
-CHUNK = 128  # positions whose logits exist at a time: all at once can be slower, and does not fit for long completions
+# Positions whose logits exist at a time: all at once can be slower, and does not fit for long
+# completions.
+CHUNK = 128
 
 
 def timed(f) -> tuple[float, object]:
-    """(seconds, result). A GPU works behind the program's back: without waiting for it only launches would be timed."""
+    """(seconds, result). A GPU works behind the program's back: without waiting for it only
+    launches would be timed.
+    """
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     started = time.perf_counter()
@@ -47,7 +51,9 @@ def timed(f) -> tuple[float, object]:
 
 
 class Buffer(DynamicLayer):
-    """A layer's keys and values, with room for those to come: a DynamicLayer copies all that it has for each new token."""
+    """A layer's keys and values, with room for those to come: a DynamicLayer copies all that it
+    has for each new token.
+    """
 
     def __init__(self, prompt: DynamicLayer, room: int):
         super().__init__()
@@ -91,8 +97,10 @@ def bare_decoding(model, prompts: torch.Tensor, n: int, new_tokens: int, buffere
 
 
 def plain_batches(s: argparse.Namespace, vocabulary: int, device) -> list[tuple]:
-    """(ids (rows, width), positions with logits, targets) of micro-batches with as many tokens as a step needs: each
-    prompt once, each completion once, no padding. Rows are as long as a prompt with a completion, as nearly as it goes."""
+    """(ids (rows, width), positions with logits, targets) of micro-batches with as many tokens as
+    a step needs: each prompt once, each completion once, no padding. Rows are as long as a prompt
+    with a completion, as nearly as it goes.
+    """
     new = s.prompts * s.n * s.new_tokens
     total = s.prompts * s.prompt_tokens + new
     rows = max(1, round(total / (s.prompt_tokens + s.new_tokens)))
@@ -174,130 +182,86 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def start_engine(s: argparse.Namespace, model, tokenizer, prompts: list[list[int]]) -> tuple:
-    """(engine, its limits by name, what to call before each timing); rollouts end at --new-tokens and not before."""
+def limits_of(s: argparse.Namespace, engine, prompts: list[list[int]]) -> tuple:
+    """(the limits of sampling by name, what to call before each timing)."""
     if not s.vllm:
-        engine, ids = (
-            TransformersEngine(model, tokenizer),
-            torch.tensor(prompts, device=model.device),
-        )
-        engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled
+        ids = torch.tensor(prompts, device=engine.model.device)
+        bare = partial(bare_decoding, engine.model, ids, s.n, s.new_tokens)
         # Which cache is faster depends on the machine and on the lengths.
-        names = {"a preallocated cache": True, "DynamicCache": False}
-        return (
-            engine,
-            {k: partial(bare_decoding, model, ids, s.n, s.new_tokens, v) for k, v in names.items()},
-            lambda: None,
-        )
-    engine = VLLMEngine(model, tokenizer, vllm_options(model, s.engine_args))
-    engine.stop_ids, generate = [], engine.llm.generate
-
-    def endless(inputs, params, **more):
-        params.ignore_eos = True
-        return generate(inputs, params, **more)
-
-    engine.llm.generate = endless
-    bare = engine.vllm.SamplingParams(
-        n=s.n, max_tokens=s.new_tokens, ignore_eos=True, detokenize=False
-    )
+        caches = {"a preallocated cache": True, "DynamicCache": False}
+        return {name: partial(bare, kept) for name, kept in caches.items()}, lambda: None
+    params = engine.vllm.SamplingParams(n=s.n, max_tokens=s.new_tokens, detokenize=False)
     inputs = [{"prompt_token_ids": ids} for ids in prompts]
-    alone = lambda: generate(inputs, bare, lora_request=engine.adapter, use_tqdm=False)  # noqa: E731 -- as the others
-    # A step has new weights and reads its prompts anew: neither side may find them in the cache from the turn before.
-    return engine, {"llm.generate": alone}, engine.llm.reset_prefix_cache
+
+    def generate():
+        engine.llm.generate(inputs, params, lora_request=engine.adapter, use_tqdm=False)
+
+    # A step has new weights and reads its prompts anew: neither side may find them in the cache
+    # from the turn before.
+    return {"llm.generate": generate}, engine.llm.reset_prefix_cache
 
 
 def main() -> None:
     s = arguments()
-    base, tokenizer = load_base(s.model)
-    base.to(getattr(torch, s.dtype))
-    model = add_lora(base, LORA["r"], 0, s.gradient_checkpointing)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0
+    model, tokenizer, optimizer = load_trainer(s.model, s.dtype, s.gradient_checkpointing)
+    texts = prompts_of(tokenizer, s.prompts, s.prompt_tokens)
+    prompts = [tokenizer(text).input_ids for text in texts]
+    engine = endless_engine(model, tokenizer, s.vllm, s.engine_args)
+    limits, forget = limits_of(s, engine, prompts)
+    vocabulary = model.get_base_model().get_input_embeddings().num_embeddings
+    batches = plain_batches(s, vocabulary, model.device)
+    sampling, cfg = (
+        Sampling(max_new_tokens=s.new_tokens),
+        GRPOConfig(token_budget=s.micro_batch_tokens, importance_cap=None),
     )
-    prompts = [
-        tokenizer(text).input_ids for text in prompts_of(tokenizer, s.prompts, s.prompt_tokens)
-    ]
-    engine, limits, forget = start_engine(s, model, tokenizer, prompts)
-    engine.encode = lambda ids: ids  # the prompts are ids already
-    batches = plain_batches(s, base.get_input_embeddings().num_embeddings, model.device)
-
-    def advantage_of(groups):
-        return advantages(
-            torch.tensor([[reward_of(o.ids) for o in group] for group in groups])
-        ).flatten()
-
     turns = []
     for turn in range(s.turns + 1):
         now = {}
         forget()
-        now["sampling"], groups = timed(
-            partial(engine.sample, prompts, s.n, max_new_tokens=s.new_tokens, seed=turn)
-        )
+        drawn = partial(engine.sample, prompts, s.n, sampling, seed=turn)
+        now["sampling"], groups = timed(drawn)
         for name, limit in limits.items():
             forget()
             now[name], _ = timed(limit)
-        rollouts = [o for group in groups for o in group]
-        assert all(
-            len(o.ids) == s.new_tokens and len(o.prompt_ids) == s.prompt_tokens for o in rollouts
-        )
-        now["rest"], advantage = timed(partial(advantage_of, groups))
-        step = partial(
-            update,
-            model,
-            optimizer,
-            rollouts,
-            advantage,
-            beta=1e-3,
-            token_budget=s.micro_batch_tokens,
-        )
+        sizes = {(len(o.prompt_ids), len(o.ids)) for group in groups for o in group}
+        assert sizes == {(s.prompt_tokens, s.new_tokens)}
+        now["rest"], rewards = timed(partial(rewards_of, groups))
+        step = partial(update, model, optimizer, groups, rewards, cfg, logprobs=token_logprobs)
         now["update"], _ = timed(step)
         now["bare update"], _ = timed(partial(bare_update, model, batches))
         now["rest"] += timed(engine.sync)[0]
-        print(
-            f"turn {turn}",
-            *(f"{name} {value:.3f}" for name, value in now.items()),
-            file=sys.stderr,
-            flush=True,
-        )
+        shown = (f"{name} {value:.3f}" for name, value in now.items())
+        print(f"turn {turn}", *shown, file=sys.stderr, flush=True)
         turns.append(now)
-    seconds = {
-        name: [now[name] for now in turns[1:]] for name in turns[0]
-    }  # the first turn warmed up
+    # the first warmed up
+    report(s, turns[1:], list(limits), sum(ids.numel() for ids, *_ in batches))
 
+
+def report(s: argparse.Namespace, turns: list[dict], limits: list[str], tokens: int) -> None:
+    seconds = {name: [now[name] for now in turns] for name in turns[0]}
     # One limit for all turns: the fastest of each turn would be fast by luck as well.
     fastest = min(limits, key=lambda name: statistics.median(seconds[name]))
-    ours, least = (
-        [seconds["sampling"], seconds["update"]],
-        [seconds[fastest], seconds["bare update"]],
-    )
+    ours = [seconds["sampling"], seconds["update"]]
+    least = [seconds[fastest], seconds["bare update"]]
     ours.append([sum(parts) for parts in zip(*ours, seconds["rest"], strict=True)])
     least.append([sum(parts) for parts in zip(*least, strict=True)])
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"{s.model}, {s.dtype}, {'vLLM' if s.vllm else 'transformers'}, checkpointing {s.gradient_checkpointing}, {device}"
-    )
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    engine = "vLLM" if s.vllm else "transformers"
+    print(f"{s.model}, {s.dtype}, {engine}, checkpointing {s.gradient_checkpointing}, {device}")
     print(f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}")
-    print(
-        f"limits: {fastest}; an update that reads {sum(ids.numel() for ids, *_ in batches)} tokens"
-    )
+    print(f"limits: {fastest}; an update that reads {tokens} tokens")
     print(f"seconds, medians of {s.turns} turns (and their ranges)\n")
-    print(
-        f"{'':9s} {'this project':26s} {'limit':26s} {'limit / this project':26s} of the fastest turns"
-    )
+    titles = (f"{title:26s}" for title in ("this project", "limit", "limit / this project"))
+    print(" " * 9, *titles, "of the fastest turns")
     for name, a, b in zip(("sampling", "update", "step"), ours, least, strict=True):
         share = [y / x for x, y in zip(a, b, strict=True)]
-        cells = [
-            f"{statistics.median(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in (a, b, share)
-        ]
+        spread = [(statistics.median(v), min(v), max(v)) for v in (a, b, share)]
+        cells = [f"{f'{m:.3f} ({low:.3f} to {high:.3f})':26s}" for m, low, high in spread]
         # Other work on the machine can only add to a time, so the fastest turns are the cleanest.
-        print(f"{name:9s} {cells[0]:26s} {cells[1]:26s} {cells[2]:26s} {min(b) / min(a):.3f}")
-    print(
-        f"rest      {statistics.median(seconds['rest']):.3f}, of the step: rewards, advantages, engine.sync"
-    )
+        print(f"{name:9s}", *cells, f"{min(b) / min(a):.3f}")
+    rest = statistics.median(seconds["rest"])
+    print(f"rest      {rest:.3f}, of the step: rewards, engine.sync")
 
 
 if __name__ == "__main__":

@@ -1,57 +1,48 @@
-"""Rollouts per second: this project's transformers engine against generate(num_return_sequences=n), side by side.
+"""Rollouts per second: this project's transformers engine against
+generate(num_return_sequences=n), side by side.
 
-    python benchmarks/sampling.py --model DIR_OR_ID [--prompts 1] [--prompt-tokens 200] [--n 8] [--new-tokens 64]
+    python benchmarks/sampling.py --model DIR_OR_ID [--prompts 1] [--prompt-tokens 200] [--n 8]
+    [--new-tokens 64]
 
-Both sample the same number of tokens (no end token) from the same model in the same process, taking turns, because the
-machine's speed drifts. The ratio is taken within each turn, then its median and its range are printed.
-"""
+Both sample the same number of tokens (no end token) from the same model in the same process,
+taking turns, because the machine's speed drifts. The ratio is taken within each turn, then its
+median and its range are printed."""
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
+from work import endless_engine, load_trainer, shape_flags
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rollout import TransformersEngine
-from tasks import add_lora, load_base
+from rollout import Sampling
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--model", default="tiny", help="tiny, a folder or a Hugging Face id; default: tiny"
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=1, help="different prompts; default: 1")
-    parser.add_argument(
-        "--prompt-tokens", type=int, default=200, help="length of each; default: 200"
-    )
-    parser.add_argument("--n", type=int, default=8, help="rollouts a prompt; default: 8")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout; default: 64")
-    parser.add_argument(
-        "--turns", type=int, default=5, help="times that each is measured; default: 5"
-    )
+    parser.add_argument("--model", default="tiny", help="tiny, a folder or a Hugging Face id")
+    shape_flags(parser)
+    parser.add_argument("--turns", type=int, default=5, help="times that each is measured")
     s = parser.parse_args()
-    base, tokenizer = load_base(s.model)
-    model = add_lora(base, 16, 0)
-    engine = TransformersEngine(model, tokenizer)
-    engine.stop_ids = [len(tokenizer) + 10**6]  # never sampled: every rollout has the same length
-    engine.encode = lambda ids: ids  # the prompts below are ids already
+    model, tokenizer, _ = load_trainer(s.model)
+    engine = endless_engine(model, tokenizer)
+    sampling = Sampling(max_new_tokens=s.new_tokens)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(10, 300, (s.prompts, s.prompt_tokens), generator=generator).to(
         model.device
     )
 
     def ours() -> int:
-        groups = engine.sample(prompts.tolist(), s.n, max_new_tokens=s.new_tokens)
+        groups = engine.sample(prompts.tolist(), s.n, sampling)
         return sum(len(o.ids) for group in groups for o in group)
 
     @torch.no_grad()
     def generate() -> int:
         out = model.generate(
-            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
+            top_p=1.0, temperature=1.0,
             num_return_sequences=s.n, max_new_tokens=s.new_tokens, min_new_tokens=s.new_tokens,
         )  # fmt: skip
         return out[:, s.prompt_tokens :].numel()
@@ -66,15 +57,13 @@ def main() -> None:
             assert tokens == s.prompts * s.n * s.new_tokens
     ratios = [b / a for a, b in zip(seconds[ours], seconds[generate], strict=True)]
     threads = torch.get_num_threads()
-    print(
-        f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}, {threads} threads"
-    )
+    shape = f"{s.prompts} x {s.n} rollouts of {s.new_tokens} tokens after {s.prompt_tokens}"
+    print(f"{shape}, {threads} threads")
     for name, f in (("generate", generate), ("ours", ours)):
         median = statistics.median(seconds[f])
         print(f"{name:9s} {median:7.2f} s  {tokens / median:7.0f} tokens/s")
-    print(
-        f"ratio     {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f} in {s.turns} turns)"
-    )
+    spread = f"from {min(ratios):.2f} to {max(ratios):.2f} in {s.turns} turns"
+    print(f"ratio     {statistics.median(ratios):.2f} ({spread})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The form of the project: six files are the paper, the rest is plumbing. Read from the code itself."""
+"""The form of the project: six files are the paper, the rest is plumbing. Read off the code."""
 
 import ast
 import io
@@ -163,12 +163,15 @@ TEN_LINES = """
 import torch, transformers, peft, grpo
 from types import SimpleNamespace as Rollout
 toy = dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
-toy = transformers.LlamaConfig(**toy, num_attention_heads=2, num_key_value_heads=2)
+toy |= dict(num_attention_heads=2, num_key_value_heads=2, initializer_range=0.5)
+toy = transformers.LlamaConfig(**toy)
 base = transformers.LlamaForCausalLM(toy)
 policy = peft.get_peft_model(base, peft.LoraConfig(target_modules="all-linear"))
 optimizer = torch.optim.AdamW((p for p in policy.parameters() if p.requires_grad), lr=0.1)
-o = [Rollout(prompt_ids=[1, 2], ids=[3, t], logprobs=[-3.4, -3.4], finish_reason="stop") for t in (4, 5)]
-for _ in range(9): grpo.update(policy, optimizer, [o], torch.tensor([[1.0, 0.0]]), grpo.GRPOConfig())
+pair = [dict(prompt_ids=[1, 2], ids=[3, t], logprobs=[-3.4, -3.4]) for t in (4, 5)]
+o = [Rollout(finish_reason="stop", **each) for each in pair]
+R, cfg = torch.tensor([[1.0, 0.0]]), grpo.GRPOConfig(beta=0.0, importance_cap=None)
+for _ in range(30): grpo.update(policy, optimizer, [o], R, cfg)
 print(grpo.token_logprobs(policy, o, 1.0)[0][:, 1].tolist())
 """
 
@@ -176,7 +179,8 @@ RUBRIC = """
 import rubrics
 words = "<rubric><criterion>Names a dose</criterion><criterion>Names a drug</criterion>"
 written, numbers = rubrics.write_rubrics(["a chat"], lambda chats: [words] * len(chats))
-judge = lambda chats: ["yes" if "drug</c" in chat[0]["content"].replace("\\n", "") else "Hm." for chat in chats]
+def judge(chats):
+    return ["yes" if "Names a drug" in chat[0]["content"] else "Hm." for chat in chats]
 marks = rubrics.mark(written, [["Take aspirin.", "Rest."]], judge)
 print(written, marks.verdicts, [rubrics.share_of_yes(v) for v in marks.verdicts[0]])
 """
