@@ -14,7 +14,7 @@ PARAMETERS, KV_BYTES, ATTENTION_WIDTH, LAYERS = 4.0e9, 2 * 36 * 8 * 128 * 2, 32 
 LORA = 66e6  # numbers, rank 32
 # One H100 (SXM, data sheet), and the shares of its peaks that well-kept engines reach.
 BYTES_A_SECOND, FLOPS = 0.6 * 3.35e12, 0.4 * 989e12
-KV_ROOM = 25e9  # bytes for keys and values beside the trainer (README, "Does it fit?")
+KV_ROOM = 25e9  # bytes for keys and values beside the trainer (docs/engines.md, "Does it fit?")
 EXCHANGE = 1e9  # bytes a second between ranks: gloo, through the CPU
 G, PROMPT, MICRO_BATCH = 8, 200, 4096
 
@@ -39,20 +39,16 @@ def step(gpus: int, prompts: int, new: int) -> dict[str, float]:
     """Seconds of a step's parts, of the rank that has most to do."""
     mine = math.ceil(prompts / gpus)  # prompts are shared out whole
     sequence = PROMPT + new
-    batches = math.ceil(prompts * G / (MICRO_BATCH // sequence))
+    a_batch = MICRO_BATCH // sequence  # rollouts in a micro-batch
+    batches = math.ceil(mine * G / a_batch)  # questions are shared out whole, with their rollouts
     # Per token: the reference's pass, the policy's, the same again for checkpointing, and the
-    # backward pass, which for a
-    # frozen base costs as much as a forward one. Four forward passes.
-    update = (
-        math.ceil(batches / gpus)
-        * 4
-        * forward_flops(MICRO_BATCH // sequence * sequence, sequence / 2)
-    )
+    # backward pass, which for a frozen base costs as much as a forward one. Four forward passes.
+    update = batches * 4 * forward_flops(a_batch * sequence, sequence / 2)
+    explored = forward_flops(mine * PROMPT, PROMPT / 2) / FLOPS
+    read = forward_flops(mine * G * new, G * new / 2) / FLOPS
     return {
-        "rollouts": forward_flops(mine * PROMPT, PROMPT / 2) / FLOPS
-        + decode_seconds(mine * G, PROMPT, new),
-        "references": forward_flops(mine * G * new, G * new / 2) / FLOPS
-        + decode_seconds(mine, G * new, new),
+        "rollouts": explored + decode_seconds(mine * G, PROMPT, new),
+        "references": read + decode_seconds(mine, G * new, new),
         "update": update / FLOPS,
         "exchange": 2 * (gpus - 1) / gpus * 4 * LORA / EXCHANGE,
     }

@@ -63,17 +63,13 @@ def measure(s: argparse.Namespace) -> dict[str, float]:
             (group,) = engine.sample([prompt], n, Sampling(max_new_tokens=length))
             assert [len(o.ids) for o in group] == [length] * n
 
-    work(
-        2, 8, random_ids(8)
-    )  # first calls are slow; and the optimizer's state is there from here on
+    work(2, 8, random_ids(8))  # first calls are slow; and from here on there is optimizer state
     prompt, seconds = random_ids(s.prompt_tokens), []
     # Loading takes more than the model does, for a moment, which would hide what less takes later.
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    elif os.access(
-        "/proc/self/clear_refs", os.W_OK
-    ):  # Linux: 5 resets the high-water mark, ru_maxrss with it
-        Path("/proc/self/clear_refs").write_text("5")
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
     loaded = peak_gib()
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(s.repeats if s.part == "update" else 1):

@@ -103,8 +103,9 @@ class Progress:
 
     def keep(self, step: int, questions: list, made) -> None:
         """Measure, log and save what a step `made` (train.Step), warn, and end what is broken."""
+        times = self.clock.stop()  # before the log's own work
         numbers = measures(made) | self.watch(questions, made.groups, made.references)
-        numbers |= made.numbers | self.clock.stop()
+        numbers |= made.numbers | times
         state = self.state
         state["step"] = step + 1
         state["num_tokens"] += sum(len(o.ids) for group in made.groups for o in group)
