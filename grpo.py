@@ -4,11 +4,11 @@
     ratio = pi_t(o_i,t | q, o_i,<t) / pi_old(o_i,t | q, o_i,<t)
     L_i,t = -min(ratio A_i, clip(ratio, 1 - eps, 1 + eps) A_i) + beta k3         (paper, Eq. 6)
 
-Shapes: Q questions in a step, G rollouts of each; B rollouts in a micro-batch, T tokens in the
-longest, N in all; V vocabulary, H hidden size. pi_t is the policy, pi_old the one that sampled,
-pi_0 the initial one (`ref_logprobs`).
-Copy this file alone: it needs torch and a PeftModel. Two arguments make it faster or larger:
-`logprobs`, an equal of `token_logprobs`, and `add_up`, which sums over processes.
+Shapes: Q questions in a step, G rollouts of each. A micro-batch has B rollouts, T tokens in the
+longest completion, N in all completions, W in the longest row; V vocabulary, H hidden size.
+pi_t is the policy, pi_old the policy before this step's updates, pi_0 the initial policy (`ref_`).
+This file works alone, with torch and a PeftModel. `logprobs` may be a faster `token_logprobs`;
+`add_up(tensors)` sums each tensor over all processes IN PLACE (for one process: does nothing).
 """
 
 from collections import Counter
@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 LOGIT_CHUNK = 128  # completion tokens whose logits exist at a time: 128 x 152k x 4 B is 78 MB
 EQUAL_REWARDS = 1e-6  # a smaller spread in a group is rounding, not preference
-MAX_GRAD_NORM = 1.0  # a longer gradient is scaled down to it
-OFF = "sampling/logp_difference"  # |trainer's - engine's log-probability| of a sampled token
-AVERAGES = ("kl", "clip_ratio", "entropy", "nll", f"{OFF}_mean")  # over tokens
+MAX_GRAD_NORM = 1.0  # gradients of a larger norm are scaled down to it
+GAP = "sampling/logp_difference"  # |trainer's - engine's log-probability| of a sampled token
+AVERAGES = ("kl", "clip_ratio", "entropy", "nll", f"{GAP}_mean")  # over tokens
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,23 @@ class GRPOConfig:
     """Hyper-parameters of an update. Those with a flag of train.py say so; edit the others here."""
 
     beta: float = 1e-3  # coefficient of the KL to pi_0 (--beta; the paper: 1e-3)
-    kl: str = "loss"  # where the KL acts (--kl): "loss", or "reward" as in the paper
+    kl: str = "loss"  # where the KL acts (--kl): "loss", or "reward", the paper's setting
     loss: str = "token"  # what is averaged (--loss): "token", or "sequence" as in the paper's Eq. 6
-    clip: float = 0.2  # epsilon; acts only from the second update on a batch (GRPO's usual value)
+    clip: float = 0.2  # epsilon; without effect in the first update on a batch
     updates_per_step: int = 1  # optimizer steps on each batch of rollouts (--updates-per-step)
     temperature: float = 1.0  # of the rollouts: what was sampled at T is scored at T
-    importance_cap: float | None = 2.0  # C, see `policy_step`; None: no weights (the paper: silent)
-    mask_truncated: bool = False  # leave rollouts that were cut off out of loss and denominators
-    token_budget: int = 4096  # tokens a micro-batch: memory, not results (--micro-batch-tokens)
+    importance_cap: float | None = 2.0  # C in `micro_batch_loss`; None: off (not in the paper)
+    mask_truncated: bool = False  # ignore rollouts that were cut off, in the denominators too
+    token_budget: int = 4096  # tokens per micro-batch: memory, not results (--micro-batch-tokens)
 
 
 def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
     """A_i = (R_i - mean R) / std R within each group. `rewards` (Q, G) -> (Q, G).
 
     A group of equal rewards has A = 0. That is tested on max - min, not left to an epsilon in the
-    denominator: eight times 0.3 in float32 has a tiny spread, and 1e-8 / 1e-8 is not small.
-    `penalty` (Q, G) is beta times each rollout's KL, for kl="reward". It shifts rewards but is no
-    spread: else a group of equal rewards would learn from the KL's noise, scaled up to 1.
+    denominator: eight copies of 0.3 in float32 can have std 1e-8, and 1e-8 / 1e-8 is not small.
+    `penalty` (Q, G) is beta times each rollout's KL, for kl="reward". It is taken off R but left
+    out of std R: else, in a group of equal rewards, the KL's noise would be scaled up to size 1.
 
     >>> advantages(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.3, 0.3, 0.3, 0.3]]))
     tensor([[ 0.8660, -0.8660,  0.8660, -0.8660],
@@ -65,9 +65,9 @@ def token_logprobs(model, rollouts: Sequence, temperature: float):
     """log pi(o_i,t | q, o_i,<t) of B rollouts: (logprobs, mask, entropy), each (B, T), in nats.
 
     A rollout has `prompt_ids` and `ids`. `mask` is 1.0 on the latter; on padding all three are 0.
-    It comes from LENGTHS: many models pad with their end-of-sequence token, so a mask made from
-    ids would drop the very token that teaches a model to stop. Logits exist for completion tokens
-    alone, in chunks that are computed again going backward: 8 x 1024 x 152k would be 5 GB.
+    The mask comes from LENGTHS: many models pad with their end-of-sequence token, and a mask made
+    from ids would drop the token that teaches a model to stop. Logits exist for completion tokens
+    only, in chunks that are computed again going backward: 8 x 1024 x 152k would be 5 GB.
     """
     base, lengths = model.get_base_model(), [len(o.ids) for o in rollouts]
     # Padding on the right is seen by no real token, because attention is causal.
@@ -109,11 +109,11 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, A, mask, cfg: GRPOConfig, 
     if weights is not None:
         per_token = weights * per_token
     clipped = ((ratio < 1 - cfg.clip) & (A < 0)) | ((ratio > 1 + cfg.clip) & (A > 0))  # (B, T)
-    sums = {"clip_ratio": (clipped * mask).sum()}  # tokens without a gradient
+    sums = {"clip_ratio": (clipped * mask).sum()}  # their surrogate has no gradient
     if ref_logprobs is not None:
-        # k3 estimates KL(pi_t || pi_0) without bias and is never negative. Its GRADIENT is
-        # (1 - pi_0 / pi_t) grad log pi_t. In expectation that is the gradient of the forward
-        # KL(pi_0 || pi_t), which pulls pi_t towards covering pi_0. Both have the same minimum.
+        # k3's VALUE estimates KL(pi_t || pi_0) without bias and is never negative. Its GRADIENT is
+        # (1 - pi_0 / pi_t) grad log pi_t. Averaged over pi_t: 0 - E_pi_0[grad log pi_t], which is
+        # grad KL(pi_0 || pi_t): the OTHER KL is descended. Both are least where pi_t = pi_0.
         d = ref_logprobs - logprobs  # (B, T)
         k3 = torch.exp(d) - d - 1  # (B, T)
         per_token = per_token + cfg.beta * k3
@@ -127,7 +127,7 @@ def policy_loss(logprobs, old_logprobs, ref_logprobs, A, mask, cfg: GRPOConfig, 
 def micro_batches(rollouts: Sequence, token_budget: int) -> Iterator[list[int]]:
     """Indices of rollouts of like size, in batches of at most `token_budget` tokens, padded.
 
-    Rollouts of a prompt stay together and it counts once, since a `logprobs` may read it once.
+    Rollouts of one prompt stay together. The prompt counts once: a fast `logprobs` reads it once.
     """
     pairs = [(tuple(o.prompt_ids), len(o.ids)) for o in rollouts]
     longest = {p: max(n for other, n in pairs if other == p) for p, _ in pairs}
@@ -158,23 +158,23 @@ def sequence_kl(model, rollouts: Sequence, cfg: GRPOConfig, logprobs: Callable) 
 
 
 def micro_batch_loss(model, rollouts, A, cfg: GRPOConfig, logprobs: Callable, old_logprobs=None):
-    """`policy_loss` of one micro-batch, from its three policies: (loss, sums, old_logprobs).
+    """`policy_loss` of one micro-batch, under pi_t, pi_old and pi_0: (loss, sums, old_logprobs).
 
     pi_t is the model as it is, pi_0 the same without the LoRA. In the first update pi_old IS pi_t:
-    exp(logprobs - logprobs.detach()) is 1, with the right gradient. Later ones get `old_logprobs`,
-    the trainer's own, because the engine's kernels round differently. For the same reason a token's
-    surrogate is weighted by min(C, pi_old / pi_engine).
+    exp(new - new.detach()) has value 1 and gradient grad log pi_t. Later updates are given the
+    first one's `old_logprobs`. They are the trainer's; the engine's kernels round differently, so
+    each token's surrogate is weighted by min(C, pi_old / pi_engine), with C = importance_cap.
     """
     new, mask, entropy = logprobs(model, rollouts, cfg.temperature)  # (B, T) each
     old_logprobs = new.detach() if old_logprobs is None else old_logprobs
     engine = pad_sequence([torch.tensor(o.logprobs) for o in rollouts], True).to(mask)  # (B, T)
-    off = old_logprobs - engine  # (B, T)
-    weights = None if cfg.importance_cap is None else off.exp().clamp(max=cfg.importance_cap)
+    gap = old_logprobs - engine  # (B, T)
+    weights = None if cfg.importance_cap is None else gap.exp().clamp(max=cfg.importance_cap)
     with torch.no_grad(), model.disable_adapter():
         ref_logprobs = logprobs(model, rollouts, cfg.temperature)[0] if cfg.beta else None
     loss, sums = policy_loss(new, old_logprobs, ref_logprobs, A, mask, cfg, weights)
     sums |= {"tokens": mask.sum(), "nll": -(new.detach() * mask).sum(), "entropy": entropy.sum()}
-    sums |= {f"{OFF}_mean": off.abs().sum(), f"{OFF}_max": off.abs().max()}
+    sums |= {f"{GAP}_mean": gap.abs().sum(), f"{GAP}_max": gap.abs().max()}
     return loss, {name: float(value) for name, value in sums.items()}, old_logprobs
 
 
@@ -184,32 +184,32 @@ def policy_step(
 ) -> dict[str, float]:  # fmt: skip
     """Optimizer steps on rollouts with advantages A (len(rollouts),). Returns numbers for the log.
 
-    Gradients of micro-batches and processes add up to the step's: all divide by its counts. With
-    beta 0, rollouts with A = 0 have no gradient: they are left out, and still counted. A loss or
-    gradient that is NaN or infinite changes nothing (`update/skipped`).
+    Every micro-batch in every process divides by the WHOLE step's counts, so gradients need only
+    adding up. With beta 0, a rollout with A = 0 has none: it is not run, but still counted. If the
+    loss or gradient is NaN or infinite, the weights stay as they are (`update/skipped` counts it).
     """
     cut_off = {"length"} if cfg.mask_truncated else ()
     kept = [i for i, o in enumerate(rollouts) if o.finish_reason not in cut_off]
     used = [i for i in kept if cfg.beta or A[i] != 0]
     counts = torch.tensor([sum(len(rollouts[i].ids) for i in kept), len(kept), len(used)]).double()
-    add_up([counts])  # of the whole step, before it is cut into micro-batches
+    add_up([counts])  # tokens, rollouts, rollouts with a gradient: of all processes
     denominator = float(counts[0 if cfg.loss == "token" else 1])
     rollouts, A = [rollouts[i] for i in used], A[used].to(model.device)
-    cuts = list(micro_batches(rollouts, cfg.token_budget))
+    batches = list(micro_batches(rollouts, cfg.token_budget))
     trained = [p for p in model.parameters() if p.requires_grad]
-    old: list = [None] * len(cuts)
-    sums, done, largest = Counter(), Counter(), 0.0
+    old: list = [None] * len(batches)
+    sums, done, largest = Counter(), Counter(), 0.0  # a Counter's `update` ADDS
     model.eval()  # no dropout in the base either; gradients flow all the same
     for _ in range(cfg.updates_per_step if counts[2] else 0):
         loss_sum = torch.zeros(1, dtype=torch.double)
         for p in trained:
             p.grad = torch.zeros_like(p)
-        for k, rows in enumerate(cuts):
+        for k, rows in enumerate(batches):
             batch = [rollouts[i] for i in rows]
             loss, parts, old[k] = micro_batch_loss(model, batch, A[rows], cfg, logprobs, old[k])
             (loss / denominator).backward()
             loss_sum += float(loss.detach() / denominator)
-            largest = max(largest, parts.pop(f"{OFF}_max"))
+            largest = max(largest, parts.pop(f"{GAP}_max"))
             sums.update(parts)
         add_up([p.grad for p in trained])
         add_up([loss_sum])
@@ -220,11 +220,11 @@ def policy_step(
     optimizer.zero_grad(set_to_none=True)  # their memory is the sampler's until the next update
     totals = torch.tensor([sums[name] for name in ("tokens", *AVERAGES)], dtype=torch.double)
     add_up([totals])
-    # None, not 0, for what no token was there to measure.
+    # Without any token, an average is None and not 0.
     averages = (totals[1:] / totals[0]).tolist() if totals[0] else [None] * len(AVERAGES)
     numbers = dict(zip(AVERAGES, averages, strict=True)) | ({} if cfg.beta else {"kl": None})
     numbers |= {name: done[name] / cfg.updates_per_step for name in ("loss", "grad_norm")}
-    numbers |= {f"{OFF}_max": largest if totals[0] else None, "update/skipped": done["skipped"]}
+    numbers |= {f"{GAP}_max": largest if totals[0] else None, "update/skipped": done["skipped"]}
     return numbers
 
 
@@ -234,7 +234,7 @@ def update(
 ) -> dict[str, float]:  # fmt: skip
     """Rewards (Q, G) of Q groups of G rollouts -> advantages -> `policy_step`, numbers for the log.
 
-    A reward of NaN means "not known", and its question is left out.
+    NaN means "not known": one NaN leaves its question out, all G rollouts, from R and KL alike.
     """
     known = [q for q in range(len(groups)) if not rewards[q].isnan().any()]
     rollouts, penalty = [o for q in known for o in groups[q]], None
@@ -246,5 +246,5 @@ def update(
     if in_reward:
         total = torch.tensor([float(kl.sum()), sum(len(o.ids) for o in rollouts)]).double()
         add_up([total])
-        numbers["kl"] = float(total[0] / total[1])
+        numbers["kl"] = float(total[0] / total[1]) if total[1] else None
     return numbers

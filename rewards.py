@@ -21,7 +21,7 @@ from plumbing.answers import boxed_answer, equal
 from synthesize import Anchor, Reference, texts
 from tasks import Question
 
-# Above this share of unknown verdicts, the known ones may not stand for the rest of a step.
+# A step with a larger share of unknown verdicts than this is not trained on (see `judged`).
 MAX_UNKNOWN = 0.2
 
 
@@ -29,10 +29,10 @@ MAX_UNKNOWN = 0.2
 class Rewards:
     """R(o_i; s) of a step's Q questions with G rollouts each."""
 
-    # (Q, G) float32. NaN is "not known": the question then teaches nothing (grpo.update).
+    # (Q, G) float32. NaN: not known. One NaN leaves out its whole question (grpo.update).
     values: torch.Tensor
     stats: dict[str, float] = field(default_factory=dict)  # for the log, of the reward's choosing
-    details: list[dict] = field(default_factory=list)  # a question each, for rollouts.jsonl
+    details: list[dict] = field(default_factory=list)  # one per question, for rollouts.jsonl
 
 
 def over_length(groups: Sequence[Sequence], limit: int | None) -> torch.Tensor:
@@ -44,7 +44,7 @@ def over_length(groups: Sequence[Sequence], limit: int | None) -> torch.Tensor:
     return torch.tensor([[float(len(o.ids) > limit) for o in group] for group in groups])
 
 
-# ------------------------------------------------------------------------------ where it is checked
+# ------------------------------------------------------------------------------- verifiable rewards
 # Each reward takes Q questions, their Q groups of G rollouts, Q references, the anchor and a judge.
 
 
@@ -52,7 +52,7 @@ def match(questions, groups, references: Sequence[Reference], anchor=None, judge
     """1 where the rollout's boxed answer equals the reference's, else 0 (paper, "verifiable").
 
     Answers are compared by meaning, not as strings: 1/2 and 0.5 are equal (plumbing/answers.py). A
-    reference without an answer rewards nobody. Its row is all zeros, so its group has no advantage.
+    reference without an answer equals none: its row is all 0, so A = 0, and only the KL acts.
     """
     targets = [boxed_answer(s.text) for s in references]  # (Q,)
     rows = [
@@ -63,14 +63,14 @@ def match(questions, groups, references: Sequence[Reference], anchor=None, judge
     return Rewards(torch.tensor(rows, dtype=torch.float32), stats)  # (Q, G)
 
 
-# ------------------------------------------------------------------------------- where it is judged
+# ----------------------------------------------------------------------------------- judged rewards
 
 
 def rubric(questions, groups, references, anchor: Anchor, judge: Callable) -> Rewards:
     """The paper's reward: share of the criteria met, of a rubric that the anchor wrote from s.
 
     The anchor sees s alone. The judge sees a response and one criterion, and neither s nor q. An
-    empty reference has no rubric and rewards nobody.
+    empty reference has no rubric: its row is NaN, and the question is left out of the update.
     """
     what = "a reference answer to a question that you are not shown"
     prompt = rubrics.RUBRIC_PROMPT.format("reference", what)
@@ -81,7 +81,7 @@ def rubric(questions, groups, references, anchor: Anchor, judge: Callable) -> Re
 
 
 def rubric_question(questions, groups, references, anchor: Anchor, judge: Callable) -> Rewards:
-    """The same with a rubric written from q instead of s: what the reference adds (ablation)."""
+    """The same with a rubric written from q: the ablation that shows what s adds."""
     what = "a question, or a conversation that ends with one"
     prompt = rubrics.RUBRIC_PROMPT.format("question", what)
     asked = [rubrics.between_tags(prompt, question=q.conversation) for q in questions]
@@ -99,8 +99,8 @@ def same_meaning(questions, groups, references, anchor, judge: Callable) -> Rewa
 def judged(marks: rubrics.Marks, stats: dict, points: Sequence | None = None) -> Rewards:
     """Marks as rewards: the share of yes, or with `points` HealthBench's score.
 
-    If more than MAX_UNKNOWN of a step's verdicts are unknown, no reward is: no update is made of
-    what is left.
+    If more than MAX_UNKNOWN of a step's verdicts are unknown, ALL its rewards become NaN, so that
+    the step makes no update from the few that are left.
     """
     stats = stats | {"judge/unknown_rate": marks.unknown_rate}
     values = scored(marks, points)
@@ -110,8 +110,8 @@ def judged(marks: rubrics.Marks, stats: dict, points: Sequence | None = None) ->
         {"rubric": list(criteria), "verdicts": verdicts, "judge": raw}
         for criteria, verdicts, raw in zip(marks.rubrics, marks.verdicts, marks.raw, strict=True)
     ]
-    for detail, given in zip(details, points or (), strict=False):
-        detail["points"] = list(given)
+    for q, detail in enumerate(details if points else ()):
+        detail["points"] = list(points[q])
     return Rewards(values, stats, details)
 
 
@@ -121,8 +121,8 @@ def scored(marks: rubrics.Marks, points: Sequence | None) -> torch.Tensor:
         rows = [[rubrics.share_of_yes(v) for v in verdicts] for verdicts in marks.verdicts]
     else:
         rows = [
-            [rubrics.healthbench_score(v, given) for v in verdicts]
-            for verdicts, given in zip(marks.verdicts, points, strict=True)
+            [rubrics.healthbench_score(v, points_q) for v in verdicts]
+            for verdicts, points_q in zip(marks.verdicts, points, strict=True)
         ]
     return torch.tensor(rows, dtype=torch.float32)
 
@@ -142,13 +142,13 @@ def by_physicians(questions: Sequence[Question], responses, judge: Callable) -> 
 
 
 def physician(questions, groups, references, anchor, judge: Callable) -> Rewards:
-    """HealthBench's score by the physicians' own rubrics. It READS LABELS: to be compared with."""
+    """HealthBench's score by the physicians' own rubrics: an oracle, which READS LABELS."""
     marks, points = by_physicians(questions, [texts(group) for group in groups], judge)
     return judged(marks, {}, points)
 
 
 def physician_scores(questions, responses: Sequence[Sequence[str]], judge) -> torch.Tensor:
-    """The score of responses[q][i], (Q, n), for evaluation: what is known stands by itself."""
+    """The score of responses[q][i], (Q, n), for evaluation: NaN only where it is not known."""
     return scored(*by_physicians(questions, responses, judge))
 
 

@@ -8,15 +8,15 @@ An ENGINE turns prompts into text. This project asks it for five things:
     engine.sleep()                                      give GPU memory to the trainer
     engine.sync()                                       from now on, pi_t has the newest weights
 
-Policy and anchor are ONE model. The policy pi_t is the base with a LoRA adapter on; the anchor
-pi_0 is the same base with the adapter off, because a LoRA starts as the identity. So the anchor,
-which is also the reference policy of the KL, costs no second copy of the weights.
+Policy and anchor share ONE base. The policy pi_t is the base with a LoRA adapter on; the anchor
+pi_0 is the base with it off. That is the initial policy, because a new LoRA adds zero. So the
+anchor, which is also the reference policy of the KL, needs no weights of its own.
 
 Token ids come out, beside the text, and the trainer sees exactly these. Decoding them to text and
-encoding the text again can give other ids, whose probabilities nobody sampled from.
+encoding the text again can give other ids, which nobody sampled.
 
 The engine in this file is vLLM. The other one, for machines without it, samples with the
-trainer's own model: plumbing/decoding.py. Tests hold the two to each other.
+trainer's own model: plumbing/decoding.py. Tests compare the two.
 """
 
 import math
@@ -54,7 +54,7 @@ class Rollout:
 class Sampling:
     """How text is drawn. Training leaves top_k and top_p off; evaluation does as the paper does.
 
-    Truncated samples come from another distribution than the one whose gradient is taken.
+    With top_k or top_p on, samples come from another distribution than the one that is trained.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -118,7 +118,7 @@ class Engine:
             raise FloatingPointError(
                 "the model's logits are not finite: lower --lr, or raise --beta"
             )
-        # Not by length: a rollout can end by itself at the last allowed token.
+        # The last id tells, not the length: a rollout can end by itself at the last allowed token.
         reason = "stop" if ids[-1] in self.stop_ids else "length"
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Rollout(text, ids, logprobs, reason, prompt_ids)
@@ -127,15 +127,15 @@ class Engine:
         """Free what memory can be freed until the next `sync`. Most engines have none to free."""
 
     def sync(self) -> None:
-        """From now on `policy=True` means the newest weights. With one shared model, it does."""
+        """From now on `policy=True` means the newest weights. A shared model needs no sync."""
 
 
 class VLLMEngine(Engine):
     """Samples with vLLM, in this process.
 
-    Several times faster than decoding with the trainer's model, for a second copy of the base and
-    a cache of keys and values. Every request carries the newest LoRA (the policy) or none (the
-    anchor), so one vLLM serves both. `given` are options of vllm.LLM that go before our own.
+    Several times faster than decoding with the trainer's model, at the price of vLLM's own copy of
+    the base and a KV cache. Every request carries the newest LoRA (the policy) or none (the
+    anchor), so one vLLM serves both. `given` are options of vllm.LLM that override ours.
     Raises InputError if vLLM does not start, and EngineError if it fails later.
     """
 
@@ -164,13 +164,13 @@ class VLLMEngine(Engine):
     def sync(self) -> None:
         """Load the trainer's adapter, under a name, a number and a path that are new each time.
 
-        vLLM takes an adapter of a known name for the old one, and its cached prefixes, computed
-        with the old weights, for valid. Tensors cannot be handed over: it goes through a folder.
+        Under a name it knows, vLLM would keep the old adapter, and reuse prefixes that were cached
+        with the old weights. It reads adapters from a folder only, so this one is saved to one.
         """
         self.version += 1
         with failures_named(), tempfile.TemporaryDirectory() as folder:
             if self.asleep:
-                torch.cuda.empty_cache()  # what the trainer's allocator holds, the KV cache needs
+                torch.cuda.empty_cache()  # for the KV cache
                 self.llm.wake_up()
                 self.asleep = False
             self.model.save_pretrained(folder, save_embedding_layers=False)
@@ -190,7 +190,7 @@ class VLLMEngine(Engine):
     def _sample(self, encoded, n, sampling, policy, seed, choices) -> list[list[Rollout]]:
         held_to = self.vllm.sampling_params.StructuredOutputsParams
         only = held_to(choice=list(choices)) if choices else None
-        # n greedy answers are the same one, and vLLM wants to be asked for one.
+        # Greedy: the n answers are all the same. vLLM takes only n=1; its answer is repeated.
         copies = n if sampling.temperature == 0 else 1
         outputs = self._generate(
             encoded, policy, seed, n=n // copies, temperature=sampling.temperature,
@@ -199,23 +199,23 @@ class VLLMEngine(Engine):
         )  # fmt: skip
         return [
             [
-                self.rollout([*o.token_ids], chosen(o.token_ids, o.logprobs), prompt_ids)
+                self.rollout([*o.token_ids], logprobs_of(o.token_ids, o.logprobs), prompt_ids)
                 for o in output.outputs * copies
             ]
             for prompt_ids, output in zip(encoded, outputs, strict=True)
         ]
 
     def _score(self, encoded, completions, policy) -> list[list[float]]:
-        # vLLM gives log-probabilities of a prompt, so the completion is made part of the prompt.
+        # vLLM scores prompts (at temperature 1), so the completion is made part of the prompt.
         whole = [q + o for q, o in zip(encoded, completions, strict=True)]
         outputs = self._generate(whole, policy, max_tokens=1, temperature=0.0, prompt_logprobs=0)
         return [
-            chosen(o, output.prompt_logprobs[len(q) :])
+            logprobs_of(o, output.prompt_logprobs[len(q) :])
             for q, o, output in zip(encoded, completions, outputs, strict=True)
         ]
 
 
-def chosen(ids: Sequence[int], tables: Sequence[dict]) -> list[float]:
+def logprobs_of(ids: Sequence[int], tables: Sequence[dict]) -> list[float]:
     """vLLM gives each position a table {token id: log-probability}: those of `ids`, (|o|,)."""
     return [table[i].logprob for i, table in zip(ids, tables, strict=True)]
 
@@ -226,15 +226,15 @@ def vllm_options(model) -> dict:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in this process: seeds reach it
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or it binds our threads as well
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # The engine gets a part of the GPU's memory; the rest trains.
+    # The engine gets a part of the GPU's memory; the rest is the trainer's.
     memory = {"kv_cache_memory_bytes": 2 << 30} if cpu else {"gpu_memory_utilization": 0.45}
     return memory | {
         "model": model.get_base_model().name_or_path,
         "dtype": str(model.dtype).removeprefix("torch."),
         "enable_lora": True,
         "max_lora_rank": lora.r,
-        "lora_target_modules": sorted(lora.target_modules),  # a LoRA on the head spoils `score`
-        "max_loras": 1,  # the newest alone; it takes the place of the one before
+        "lora_target_modules": sorted(lora.target_modules),  # not the output head
+        "max_loras": 1,  # only the newest adapter is kept
         "logprobs_mode": "processed_logprobs",  # after the temperature, as the trainer's are
         "max_model_len": -1,  # the model's own, or as much as the KV cache can hold
         "use_tqdm_on_load": False,

@@ -1,21 +1,20 @@
 """Rubrics and verdicts: what takes the place of "equal" where nothing can be checked.
 
-    s                  -> the anchor pi_0 writes a rubric: n >= 5 criteria, yes or no
-    write_rubrics (o_i, criterion)   -> the judge pi_J says yes, no, or nothing that can be read
-    verdict R(o_i; s)           = share of yes among the criteria with a verdict
-    share_of_yes
+    s                 -> the anchor pi_0 writes a rubric of yes/no criteria, 5-20     write_rubrics
+    (o_i, criterion)  -> the judge pi_J answers yes, no, or something unreadable      mark, verdict
+    R(o_i; s)         =  the share of yes among the criteria with a verdict            share_of_yes
 
 (Paper, section 3, "non-verifiable rewards".) Two rules hold everywhere in this file.
 
 No verdict is made up. What the judge did not answer, or answered unreadably, is unknown (None). It
-is left out of the mean and counted. A popular shortcut, to call it "no", lowers good answers and
-spares bad ones.
+is left out of the mean and counted. A popular shortcut is to call it "no". That lowers the reward
+of good answers, and not that of bad ones.
 
 What a model wrote is data. It goes into a prompt between tags, with & < > escaped, so that it
 cannot close its tags and speak in our place. Of a model's XML only the tags that we asked for
 reach the parser.
 
-Copy this file alone: it needs the standard library. A judge is any function from chats to texts.
+This file works alone, with the standard library. A judge is any function from chats to texts.
 """
 
 import math
@@ -25,9 +24,9 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
-# fewer are asked for again; more are dropped: each costs G calls
+# A rubric of fewer criteria is asked for again. More are dropped, because each costs G calls.
 MIN_CRITERIA, MAX_CRITERIA = 5, 20
-ATTEMPTS = 3  # at a rubric, before a short one is taken as it is
+ATTEMPTS = 3  # to get a rubric of 5 criteria; then the longest is taken
 
 # The prompts are ours: the paper's were not published as text.
 RUBRIC_PROMPT = """Between the <{0}> tags below is {1}. Write a rubric with which somebody who \
@@ -168,20 +167,20 @@ def mark(
 ) -> Marks:  # fmt: skip
     """Every response of question q is marked by every criterion of rubrics[q], one call each.
 
-    `judge(chats)` gives a text, or None, for each chat, in their order whatever order they were
-    answered in. One criterion a call: long lists of verdicts get cut off and mixed up. `name` is
-    the tag a criterion stands in; given[q] is what else the judge is shown of question q.
+    `judge(chats)` returns one text, or None, per chat, in the order of `chats`. One criterion per
+    call: long lists of verdicts get cut off and mixed up. `name` is the tag around a criterion;
+    given[q] is what else the judge is shown about question q, as {tag: text}.
     """
     given = given or [{}] * len(rubrics)
-    rows = [(q, text) for q, texts in enumerate(responses) for text in texts]  # Q*G of them
     calls = [
         between_tags(prompt, **given[q], **{name: criterion}, response=text)
-        for q, text in rows
-        for criterion in rubrics[q]
+        for q, texts in enumerate(responses) for text in texts for criterion in rubrics[q]
+    ]  # fmt: skip
+    answers = iter(judge(calls))  # dealt out again in the order of `calls`
+    raw = [
+        [[next(answers) for _ in criteria] for _ in texts]
+        for criteria, texts in zip(rubrics, responses, strict=True)
     ]
-    answers = iter(judge(calls))
-    flat = iter([[next(answers) for _ in rubrics[q]] for q, _ in rows])
-    raw = [[next(flat) for _ in texts] for texts in responses]
     verdicts = [[[verdict(text) for text in row] for row in rows_of_q] for rows_of_q in raw]
     return Marks(rubrics, verdicts, raw)
 

@@ -25,9 +25,9 @@ from plumbing.draws import seed_of
 from rollout import Engine, Messages, Rollout, Sampling
 from tasks import Question
 
-# The prompts are ours: the paper's were not published as text. What this one had to do: show no
-# question, reconcile instead of voting, and end with the answer in \boxed{}. The stand-in model was
-# taught with this very text, so a changed prompt wants a new stand-in (tests/make_tiny.py).
+# The prompts are ours: the paper's were not published as text. This one must show no question, ask
+# to reconcile and not to vote, and get the answer in \boxed{}. The default model, models/tiny, was
+# taught with this very text. If you change it, teach a new one (tests/make_tiny.py).
 SYNTHESIS_PROMPT = """Below are independent attempts at the same problem. Each may be wrong in a \
 different place. Compare them step by step, keep what is right at every step, and write one \
 complete solution in the same form. Do not mention the attempts. End with the final answer in \
@@ -56,15 +56,15 @@ class Reference:
     ids: list[int] = field(default_factory=list)  # its tokens, as some model generated them
     finish_reason: str = "stop"  # "length": it, or the rollout that was chosen, was cut off
     tokens: int = 0  # generated for it, beyond the rollouts themselves
-    cut: int = 0  # rollouts that the anchor saw cut, since all together exceed its context
+    cut: int = 0  # rollouts that were cut, so that all fit the anchor's context
 
 
 class Anchor:
     """The frozen anchor pi_0, as aggregators and rewards ask it.
 
-    It samples as the rollouts were sampled, at their temperature: then the comparison of s with a
-    rollout shows what reading the others was worth, and not what a lower temperature was worth.
-    `seed` is a place in the run, like (0, step, "anchor"). Asked again, the anchor draws anew.
+    It samples with the rollouts' own settings. So where s is better than a rollout, that comes from
+    reading the others, not from a lower temperature. `seed` names a place in the run, like
+    (0, step, "anchor"); each call of `sample` derives the next seed from it.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling, seed: tuple):
@@ -78,7 +78,7 @@ class Anchor:
         return [group[0] for group in drawn]
 
     def nll(self, prompts: Sequence[Messages], completions: Sequence[list[int]]) -> list[float]:
-        """Mean -log pi_0 a token (nats) of completions[i] after prompts[i]: its log-perplexity."""
+        """Mean -log pi_0 per token of completions[i] after prompts[i], nats: its log-perplexity."""
         scores = self.engine.score(prompts, completions, policy=False)
         return [-sum(logprobs) / len(logprobs) for logprobs in scores]
 
@@ -160,7 +160,7 @@ def answer_classes(group: Sequence[Rollout]) -> list[list[Rollout]]:
     return classes
 
 
-def chosen(o: Rollout, tokens: int = 0, cut: int = 0) -> Reference:
+def as_reference(o: Rollout, tokens: int = 0, cut: int = 0) -> Reference:
     """A rollout as the reference: what selection makes of it."""
     return Reference(o.text, o.ids, o.finish_reason, tokens, cut)
 
@@ -172,7 +172,7 @@ def majority(questions, groups, anchor: Anchor | None = None) -> list[Reference]
     s is empty, and an empty reference rewards nobody.
     """
     by_group = [answer_classes(group) for group in groups]  # max returns the first of equals
-    return [chosen(max(c, key=len)[0]) if c else Reference("") for c in by_group]
+    return [as_reference(max(c, key=len)[0]) if c else Reference("") for c in by_group]
 
 
 def self_bon(questions, groups, anchor: Anchor) -> list[Reference]:
@@ -188,7 +188,7 @@ def self_bon(questions, groups, anchor: Anchor) -> list[Reference]:
     prompts = [messages for messages, _ in asked]
     named = anchor.sample(prompts, choices=numbers, temperature=0, max_new_tokens=8)
     return [
-        chosen(group[int(w.text) - 1], len(w.ids), cut)
+        as_reference(group[int(w.text) - 1], len(w.ids), cut)
         if w.text in numbers[: len(group)]
         else Reference("", tokens=len(w.ids), cut=cut)
         for group, w, (_, cut) in zip(groups, named, asked, strict=True)
@@ -196,11 +196,11 @@ def self_bon(questions, groups, anchor: Anchor) -> list[Reference]:
 
 
 def lowest_perplexity(groups, nlls: Sequence[float], cuts: Sequence[int]) -> list[Reference]:
-    """The rollout of each group with the lowest of `nlls`, one a rollout; the first of equals."""
+    """The rollout of each group with the lowest of `nlls`, one per rollout; the first of equals."""
     references, start = [], 0
     for group, cut in zip(groups, cuts, strict=True):
         own = nlls[start : start + len(group)]
-        references.append(chosen(group[own.index(min(own))], cut=cut))
+        references.append(as_reference(group[own.index(min(own))], cut=cut))
         start += len(group)
     return references
 
@@ -217,13 +217,13 @@ def min_perplexity(questions, groups, anchor: Anchor) -> list[Reference]:
 def mutual_predictability(questions, groups, anchor: Anchor) -> list[Reference]:
     """s is the rollout that the others predict best.
 
-    Each comes last after the others in random order; the one of the lowest perplexity is kept.
+    Each is scored after the others, shown in random order; the lowest perplexity wins.
     """
-    order, pairs, cuts = random.Random(next(anchor.seeds)), [], []
+    rng, pairs, cuts = random.Random(next(anchor.seeds)), [], []
     for q, group in zip(questions, groups, strict=True):
         prompt, cut_of_group = partial(show, ANOTHER_PROMPT, boxed=q.boxed), 0
         for i, o in enumerate(group):
-            others = order.sample([*group[:i], *group[i + 1 :]], len(group) - 1)
+            others = rng.sample([*group[:i], *group[i + 1 :]], len(group) - 1)
             # One token of room more, because vLLM wants to generate one when it scores.
             messages, cut = anchor.shown(texts(others), prompt, len(o.ids) + 1)
             pairs.append((messages, o.ids))
@@ -234,7 +234,7 @@ def mutual_predictability(questions, groups, anchor: Anchor) -> list[Reference]:
 
 def single(questions, groups, anchor: Anchor | None = None) -> list[Reference]:
     """s is the first rollout: the control that shows what aggregation is worth."""
-    return [chosen(group[0]) for group in groups]
+    return [as_reference(group[0]) for group in groups]
 
 
 AGGREGATORS: dict[str, Callable[[Sequence[Question], Sequence, Anchor], list[Reference]]] = {

@@ -8,13 +8,13 @@
     R      the reward of o_i, for agreeing with s                   rewards.Rewards
     A      the advantage of o_i within its group                    grpo.advantages
     pi_0   the anchor: the initial policy, frozen. It writes s, and the KL is taken to it
-    pi_J   the judge, where nothing can be checked                  rubrics.mark
+    pi_J   the judge, used where nothing can be checked             rubrics.mark
 
 Policy and anchor are one model: pi_t has a LoRA on, pi_0 is the same base with the LoRA off.
 
-No label is read anywhere on the way. The questions lose theirs before the loop starts
-(`without_labels`). The true accuracy in the log comes from evaluate.py, which keeps the labels and
-only watches.
+No label reaches a reward or a gradient: `without_labels` removes them before the loop starts (the
+reward `physician`, an oracle to compare with, keeps its own). evaluate.py keeps the labels, for the
+true accuracy in the log and for the validation score that picks the adapter to keep.
 """
 
 import sys
@@ -57,8 +57,8 @@ def cat_step(
 ) -> Step:  # fmt: skip
     """One step of Algorithm 1, on Q questions without labels.
 
-    `aggregate` is an aggregator of synthesize.py, as a rule `synthesis`. `reward` is a reward of
-    rewards.py, as a rule `match` or `rubric`, with its judge filled in. `update` is grpo.update,
+    `aggregate` is an aggregator of synthesize.py, usually `synthesis`. `reward` is a reward of
+    rewards.py, usually `match` or `rubric`, with its judge filled in. `update` is grpo.update,
     with the policy, its optimizer and its hyper-parameters cfg.grpo filled in (see `run`).
     """
     # 1. Explore. The policy answers every question G times: o_1..o_G ~ pi_t(. | q).
@@ -89,6 +89,7 @@ class Method:
 
     name: str = "grpo"
     program: str = "train.py"
+    about: str = __doc__.split("\n")[0]
     take_step: Callable = cat_step
     update: Callable = grpo.update
     validator: Callable | None = None  # None: the true score, evaluate.validator
@@ -97,12 +98,12 @@ class Method:
 
 
 def run(given: dict, method: Method) -> None:
-    """One whole run: load, train, compare. Raises InputError and what a step raises."""
+    """One whole run: load, train, evaluate. Raises InputError and what a step raises."""
     import evaluate  # the watcher and the final table; no step calls it
 
     started = time.perf_counter()
     out, settings, resume = settle(given, method=method.name, more=method.settings)
-    given["out"] = out  # where to go on after a failure
+    given["out"] = out  # so that a run that fails can say how to go on
     cfg = config(settings)
     labelled = load_questions(cfg)
     checks.check_questions(cfg, labelled, reads_labels=method.validator is None)
@@ -125,10 +126,11 @@ def run(given: dict, method: Method) -> None:
     )  # fmt: skip
     progress.begin(settings, resume, labelled)
     engine.sync()  # a resumed run's policy is not the initial one
+    # `around` notes the time before and after a call, for time/... in the log.
     aggregate = progress.clock.around(AGGREGATORS[cfg.aggregator])
     reward = progress.clock.around(partial(REWARDS[cfg.reward], judge=judge))
-    # The faster equal of grpo.token_logprobs is passed in here; and with several processes, each
-    # takes its share of the questions, and the gradients are added up.
+    # `logprobs` is the faster version of grpo.token_logprobs. `shared` passes in `add_up`: with
+    # several processes, each updates on its share of the questions and gradients are summed.
     update = partial(method.update, policy, optimizer, cfg=cfg.grpo, logprobs=token_logprobs)
     update = ranks.shared(update)
     print(
@@ -150,7 +152,7 @@ def run(given: dict, method: Method) -> None:
             evaluate.curves(out)
 
     print(f"comparing on {len(labelled['test'])} questions ...", flush=True)
-    progress.best()  # the adapter of the best validation may not be the last
+    progress.best()  # the adapter with the best validation score, or the last one
     engine.sync()
     evaluate.final_table(cfg, settings, labelled["test"], engine, judge, out, started)
 
@@ -161,7 +163,7 @@ def main(argv: Sequence[str] | None = None, method: Method | None = None) -> int
 
     def work() -> None:
         taken = set(flags.FLAGS) - method.ignores
-        given.update(flags.parse(argv, __doc__.split("\n")[0], taken, more=method.settings))
+        given.update(flags.parse(argv, method.about, taken, more=method.settings))
         run(given, method)
 
     return exit_status(method.program, work, lambda: resume_hint(given.get("out")))

@@ -88,7 +88,8 @@ def validator(cfg, engine, judge, questions):
 
 
 METHOD = train.Method(
-    "sft", "recipes/cat_sft.py", sft_step, imitate, validator, settings={"validate_every": 5},
+    "sft", "recipes/cat_sft.py", __doc__.split("\n")[0], sft_step, imitate, validator,
+    settings={"validate_every": 5},
     ignores=frozenset({"beta", "kl", "updates_per_step", "length_limit"}),
 )  # fmt: skip
 

@@ -10,8 +10,8 @@ from xml.sax.saxutils import unescape
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rubric_helpers import SIZES, parts_of
 
+from rubric_helpers import SIZES, parts_of
 from rubrics import JUDGE_PROMPT, between_tags, parse_rubric
 
 # Each of the ten levels is ten of the one below: 10^9 laughs, 3 GB, if anything expanded them.

@@ -6,8 +6,8 @@ What is written to deceive the parser is in test_injection.py.
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rubric_helpers import rubric_xml
 
+from rubric_helpers import rubric_xml
 from rubrics import ATTEMPTS, MAX_CRITERIA, parse_rubric, write_rubrics
 
 # What a model wrote, and the criteria in it.

@@ -1,4 +1,4 @@
-"""The judge's words as verdicts: the word alone counts, all else is unknown, and none is made up."""
+"""The judge's words as verdicts: the word alone counts; all else is unknown, and never made up."""
 
 import math
 import re
@@ -7,8 +7,8 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rubric_helpers import SIZES
 
+from rubric_helpers import SIZES
 from rubrics import healthbench_score, share_of_yes, verdict
 
 NAN = math.nan
@@ -67,7 +67,7 @@ def test_no_verdict_is_made_up(raw):
     assert verdict(raw) in possible
 
 
-# ------------------------------------------------------------------------------ what becomes of them
+# ----------------------------------------------------------------------------- what becomes of them
 
 
 def test_the_share_of_yes_leaves_out_what_is_unknown():
