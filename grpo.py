@@ -38,7 +38,7 @@ class GRPOConfig:
     temperature: float = 1.0  # of the rollouts: what was sampled at T is scored at T
     importance_cap: float | None = 2.0  # C in `micro_batch_loss`; None: off (not in the paper)
     mask_truncated: bool = False  # ignore rollouts that were cut off, in the denominators too
-    token_budget: int = 4096  # tokens per micro-batch: memory, not results (--micro-batch-tokens)
+    token_budget: int = 4096  # tokens per micro-batch, a prompt once (--micro-batch-tokens)
 
 
 def advantages(rewards: torch.Tensor, penalty: torch.Tensor | None = None) -> torch.Tensor:
@@ -130,7 +130,7 @@ def micro_batches(rollouts: Sequence, token_budget: int) -> Iterator[list[int]]:
     Rollouts of one prompt stay together. The prompt counts once: a fast `logprobs` reads it once.
     """
     pairs = [(tuple(o.prompt_ids), len(o.ids)) for o in rollouts]
-    longest = {p: max(n for other, n in pairs if other == p) for p, _ in pairs}
+    longest = dict(sorted(pairs, key=lambda pair: pair[1]))  # of a prompt's lengths, the last stays
     order = [(len(p) + longest[p], p, n) for p, n in pairs]
     batch: list[int] = []
     for i in sorted(range(len(order)), key=order.__getitem__):
@@ -153,7 +153,7 @@ def sequence_kl(model, rollouts: Sequence, cfg: GRPOConfig, logprobs: Callable) 
         batch = [rollouts[i] for i in rows]
         with model.disable_adapter():  # pi_0 is the base without its LoRA
             ref_logprobs, _, _ = logprobs(model, batch, cfg.temperature)
-        kl[rows] = (logprobs(model, batch, cfg.temperature)[0] - ref_logprobs).sum(dim=1).cpu()
+        kl[rows] = (logprobs(model, batch, cfg.temperature)[0] - ref_logprobs).sum(dim=1).to(kl)
     return kl
 
 
@@ -167,8 +167,8 @@ def micro_batch_loss(model, rollouts, A, cfg: GRPOConfig, logprobs: Callable, ol
     """
     new, mask, entropy = logprobs(model, rollouts, cfg.temperature)  # (B, T) each
     old_logprobs = new.detach() if old_logprobs is None else old_logprobs
-    engine = pad_sequence([torch.tensor(o.logprobs) for o in rollouts], True).to(mask)  # (B, T)
-    gap = old_logprobs - engine  # (B, T)
+    sampled = pad_sequence([torch.tensor(o.logprobs) for o in rollouts], True).to(mask)  # (B, T)
+    gap = old_logprobs - sampled  # (B, T), to the engine's
     weights = None if cfg.importance_cap is None else gap.exp().clamp(max=cfg.importance_cap)
     with torch.no_grad(), model.disable_adapter():
         ref_logprobs = logprobs(model, rollouts, cfg.temperature)[0] if cfg.beta else None
@@ -236,14 +236,14 @@ def update(
 
     NaN means "not known": one NaN leaves its question out, all G rollouts, from R and KL alike.
     """
-    known = [q for q in range(len(groups)) if not rewards[q].isnan().any()]
-    rollouts, penalty = [o for q in known for o in groups[q]], None
-    if in_reward := cfg.kl == "reward" and cfg.beta:  # R - beta KL, as in the paper
+    known = [i for i in range(len(groups)) if not rewards[i].isnan().any()]
+    rollouts, kl, penalty = [o for i in known for o in groups[i]], None, None
+    if cfg.kl == "reward" and cfg.beta:  # R - beta KL, as in the paper
         kl = sequence_kl(model, rollouts, cfg, logprobs)  # (Q*G,)
         penalty, cfg = cfg.beta * kl.view(rewards[known].shape), replace(cfg, beta=0.0)  # (Q, G)
-    A = advantages(rewards[known], penalty)  # (Q, G)
+    A = advantages(rewards[known], penalty) if known else rewards[known]  # (Q, G)
     numbers = policy_step(model, optimizer, rollouts, A.flatten(), cfg, logprobs, add_up)
-    if in_reward:
+    if kl is not None:
         total = torch.tensor([float(kl.sum()), sum(len(o.ids) for o in rollouts)]).double()
         add_up([total])
         numbers["kl"] = float(total[0] / total[1]) if total[1] else None

@@ -25,8 +25,8 @@ VALIDATION_QUESTIONS = 100  # kept back with --validate-every, but at most one i
 class Question:
     """One question q. `messages` is the chat that the policy answers.
 
-    `boxed`: the answer is to end in \\boxed{}, so that answers can be compared without a judge.
-    `answer` and `rubric` are the labels. Without one, they are None.
+    `boxed`: the answer is to end in \\boxed{}, so that answers can be compared without a judge
+    (`load_questions` says so). `answer` and `rubric` are the labels. Without one, they are None.
     """
 
     messages: list[dict[str, str]]
@@ -92,7 +92,7 @@ def load_sums(data: Path | None, boxed: bool = True) -> tuple[list[Question], li
         a, b = rng.randint(1000, 9999), rng.randint(1000, 9999)
         name = sums_part(a, b)
         if name in parts and len(parts[name]) < wanted[name]:
-            parts[name][a, b] = Question(sums_messages(a, b), str(a + b), boxed=boxed)
+            parts[name][a, b] = Question(sums_messages(a, b), str(a + b))
     return list(parts["train"].values()), list(parts["test"].values())
 
 
@@ -102,7 +102,7 @@ def load_sums(data: Path | None, boxed: bool = True) -> tuple[list[Question], li
 def load_math500(data: Path | None, boxed: bool = True) -> tuple[list[Question], list[Question]]:
     """MATH-500. As in the paper and TTRL, the policy trains on the very questions of the test."""
     data = data or hub_file("HuggingFaceH4/MATH-500", "test.jsonl")
-    return of_rows(read_jsonl(data, "problem"), "problem", True, boxed)
+    return of_rows(read_jsonl(data, "problem"), "problem")
 
 
 def load_jsonl(data: Path | None, boxed: bool = True) -> tuple[list[Question], list[Question]]:
@@ -114,16 +114,16 @@ def load_jsonl(data: Path | None, boxed: bool = True) -> tuple[list[Question], l
     if data is None:
         wanted = 'a JSONL file of {"prompt": ..., "answer": ... (optional)}'
         raise InputError(f"--task jsonl wants --data FILE, {wanted}")
-    return of_rows(read_jsonl(data, "prompt"), "prompt", boxed, boxed)
+    return of_rows(read_jsonl(data, "prompt"), "prompt", boxed)
 
 
-def of_rows(rows: list[dict], name: str, asked: bool, boxed: bool) -> tuple[list, list]:
-    """Problems with optional answers, to train and to test on. `asked`: for a box."""
+def of_rows(rows: list[dict], name: str, boxed: bool = True) -> tuple[list, list]:
+    """Problems with optional answers, to train and to test on."""
     questions = []
     for row in rows:
         answer = row.get("answer")
         answer = None if answer is None else str(answer)
-        questions.append(Question(ask(row[name], asked), answer, boxed=boxed))
+        questions.append(Question(ask(row[name], boxed), answer))
     return questions, questions
 
 
@@ -141,7 +141,7 @@ def load_healthbench(data: Path | None, boxed: bool = True) -> tuple[list, list]
         except (KeyError, TypeError, ValueError):
             wanted = "wants HealthBench's prompt and rubrics"
             raise InputError(f"{data}, row {number}: {wanted}; mend or remove it") from None
-        questions.append(Question(messages, rubric=rubric, id=row["prompt_id"], boxed=False))
+        questions.append(Question(messages, rubric=rubric, id=row["prompt_id"]))
     random.Random(0).shuffle(questions)
     held_out = max(1, len(questions) // 10)
     return questions[held_out:], questions[:held_out]
@@ -195,11 +195,13 @@ def load_questions(cfg) -> dict[str, list[Question]]:
     held-out takes the task's own held-out questions, or one half of all where it has none; the
     halves are the same whatever --seed is. Raises InputError.
     """
-    train, test = TASKS[cfg.task].load(cfg.data and Path(cfg.data), cfg.reward == "match")
+    boxed = cfg.reward == "match"
+    train, test = TASKS[cfg.task].load(cfg.data and Path(cfg.data), boxed)
     if cfg.split == "test-time":
         train = test
     elif train is test:
         shuffled = random.Random(0).sample(test, len(test))
         train, test = shuffled[: len(test) // 2], shuffled[len(test) // 2 :]
     kept = min(VALIDATION_QUESTIONS, len(train) // 10) if cfg.validate_every else 0
-    return {"train": train[kept:], "validation": train[:kept], "test": test[: cfg.eval_questions]}
+    parts = {"train": train[kept:], "validation": train[:kept], "test": test[: cfg.eval_questions]}
+    return {name: [replace(q, boxed=boxed) for q in part] for name, part in parts.items()}

@@ -32,7 +32,7 @@ from plumbing.engines import load_engine
 from plumbing.errors import exit_status
 from plumbing.logprobs import token_logprobs
 from plumbing.models import add_lora, load_base
-from plumbing.progress import Progress, resume_hint
+from plumbing.progress import LESS_MEMORY, Progress, resume_hint
 from plumbing.settings import config, settle
 from rewards import REWARDS, Rewards, over_length
 from rollout import Engine, Rollout
@@ -47,7 +47,7 @@ class Step:
     groups: list[list[Rollout]]  # Q groups of G
     references: list[Reference]  # Q
     rewards: Rewards
-    R: torch.Tensor  # (Q, G), what the policy learnt from
+    R: torch.Tensor  # (Q, G), rewards.values after the length limit
     numbers: dict[str, float]  # of the update
 
 
@@ -119,12 +119,9 @@ def run(given: dict, method: Method) -> None:
     )
 
     validator = method.validator or evaluate.validator
-    progress = Progress(
-        cfg, out, policy, optimizer,
-        watch=evaluate.watcher(labelled["train"]),
-        validate=validator(cfg, engine, judge, labelled["validation"]),
-    )  # fmt: skip
+    progress = Progress(cfg, out, policy, optimizer, watch=evaluate.watcher(labelled["train"]))
     progress.begin(settings, resume, labelled)
+    progress.validate = validator(cfg, engine, judge, labelled["validation"])
     engine.sync()  # a resumed run's policy is not the initial one
     # `around` notes the time before and after a call, for time/... in the log.
     aggregate = progress.clock.around(AGGREGATORS[cfg.aggregator])
@@ -133,14 +130,6 @@ def run(given: dict, method: Method) -> None:
     # several processes, each updates on its share of the questions and gradients are summed.
     update = partial(method.update, policy, optimizer, cfg=cfg.grpo, logprobs=token_logprobs)
     update = ranks.shared(update)
-    print(
-        f"task {cfg.task}: trains on {len(questions)} questions without labels; the final table "
-        f"asks {len(labelled['test'])} {'of the same' if cfg.split == 'test-time' else 'others'}\n"
-        f"run {out}: {cfg.model} on {policy.device.type}, rollouts by {cfg.engine}, references by "
-        f"{cfg.aggregator}\n{cfg.steps} steps of {cfg.prompts_per_step} questions x "
-        f"{cfg.group_size} rollouts, learning rate {cfg.lr:g}",
-        flush=True,
-    )
 
     try:
         for step in progress.steps():
@@ -166,7 +155,7 @@ def main(argv: Sequence[str] | None = None, method: Method | None = None) -> int
         given.update(flags.parse(argv, method.about, taken, more=method.settings))
         run(given, method)
 
-    return exit_status(method.program, work, lambda: resume_hint(given.get("out")))
+    return exit_status(method.program, work, lambda: resume_hint(given.get("out")), LESS_MEMORY)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from analysis.statistics import difference, interval, methods
+from plumbing.errors import InputError
 
 # Titles of the panels of curves.png -> the metrics in each -> what they are called there.
 PANELS = {
@@ -50,6 +51,14 @@ def curves(out: Path) -> None:
     for axis in axes[0][:2]:
         axis.set_ylim(-0.02, 1.02)
     figure.savefig(out / "curves.png", dpi=120)
+
+
+def comparison_at(path: Path, measured: Sequence[dict]) -> None:
+    """`comparison`, to a place that a person named. Raises InputError."""
+    try:
+        comparison(path, measured)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path} ({error}): name another file with --plot") from None
 
 
 def comparison(path: Path, measured: Sequence[dict]) -> None:

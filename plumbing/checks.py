@@ -51,7 +51,8 @@ def check_settings(settings: dict) -> None:
 def check_questions(cfg, questions: dict[str, list], reads_labels: bool) -> None:
     """Questions that the settings cannot be used with. `reads_labels`: validation does."""
     train, validation = questions["train"], questions["validation"]
-    leaks = (cfg.validate_every and reads_labels) or cfg.reward == "physician"
+    rewarded = cfg.reward == "physician" and cfg.method == "grpo"
+    leaks = (cfg.validate_every and reads_labels) or rewarded
     if cfg.split == "test-time" and leaks:
         raise InputError(
             "with --split test-time the validation's and the physicians' labels would be those of "

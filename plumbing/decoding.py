@@ -36,7 +36,8 @@ class TransformersEngine(Engine):
             truncate=truncate,
             generator=torch.Generator(self.model.device).manual_seed(seed),
         )
-        allow = partial(only_allowed, [encode(text) for text in choices], self.stop_ids)
+        held_to = [encode(text) for text in choices]
+        allow = partial(only_allowed, held_to, self.stop_ids) if choices else None
         results: list[list[Rollout]] = [[] for _ in encoded]
         self.model.eval()
         with nullcontext() if policy else self.model.disable_adapter():
@@ -77,7 +78,8 @@ class TransformersEngine(Engine):
         rows = torch.arange(len(prompts) * n, device=device)  # whose completion a live row is
         completions = [([], []) for _ in rows]
         for step in range(max_new_tokens):
-            allow(logits, [completions[i][0] for i in rows.tolist()])
+            if allow:
+                allow(logits, [completions[i][0] for i in rows.tolist()])
             token, logprob = draw(logits)  # (rows, 1) each
             sampled = zip(rows.tolist(), token[:, 0].tolist(), logprob[:, 0].tolist(), strict=True)
             for row, t, lp in sampled:
@@ -127,9 +129,9 @@ def draw_tokens(logits, temperature, truncate, generator) -> tuple[torch.Tensor,
 def only_allowed(choices: list[list[int]], stop_ids: list[int], logits, begun: list) -> None:
     """Leaves of `logits` (rows, V) only what continues or ends one of the choices, in place.
 
-    `begun` are the tokens that each row has so far. Without choices everything is allowed.
+    `begun` are the tokens that each row has so far.
     """
-    for row, so_far in enumerate(begun if choices else ()):
+    for row, so_far in enumerate(begun):
         rests = [ids[len(so_far) :] for ids in choices if ids[: len(so_far)] == so_far]
         others = torch.ones_like(logits[row], dtype=torch.bool)  # (V,)
         others[[token for rest in rests for token in rest[:1] or stop_ids]] = False

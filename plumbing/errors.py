@@ -27,10 +27,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def exit_status(program: str, work: Callable[[], None], resume: Callable[[], str]) -> int:
+def exit_status(program: str, work: Callable, resume: Callable, memory: str = "") -> int:
     """Run `work` and return the program's exit status, with one sentence on stderr if it fails.
 
-    `resume` is called after a failure and says how to go on; it may return "".
+    `resume` is called after a failure and says how to go on; it may return "". `memory` says what
+    needs less GPU memory.
     """
     try:
         work()
@@ -44,11 +45,7 @@ def exit_status(program: str, work: Callable[[], None], resume: Callable[[], str
         print(f"{program}: stopped: {error}{resume()}", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
-        way_out = (
-            "add --gradient-checkpointing, a smaller --micro-batch-tokens, or with vLLM "
-            "--engine-args '{\"enable_sleep_mode\": true}'"
-        )
-        print(f"{program}: stopped: out of GPU memory: {way_out}{resume()}", file=sys.stderr)
+        print(f"{program}: stopped: out of GPU memory{memory}{resume()}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\n{program}: stopped: interrupted{resume()}", file=sys.stderr)

@@ -60,7 +60,7 @@ def json_object(text):
 COUNT = number(int, 1, "a whole number from 1 up")
 NATURAL = number(int, 0, "a whole number from 0 up", high=2**63 - 1)
 FLAGS = {
-    "task": ("where the questions come from", {"choices": list(TASKS)}),
+    "task": ("where the questions come from", {"choices": TASKS}),
     "data": (
         "JSONL file: MATH-500's or HealthBench's, or lines of {prompt, answer (optional)}; without "
         "it, the file comes from the hub",
@@ -93,11 +93,11 @@ FLAGS = {
     ),
     "aggregator": (
         "how a reference is made from rollouts. The paper: synthesis",
-        {"choices": list(AGGREGATORS)},
+        {"choices": AGGREGATORS},
     ),
     "reward": (
         "how a rollout is compared with its reference. The paper: match for maths, else rubric",
-        {"choices": list(REWARDS)},
+        {"choices": REWARDS},
     ),
     "length_limit": (
         "tokens above which a rollout's reward is lowered by 1; without it, none is",
@@ -204,7 +204,8 @@ def parse(
     first.add_argument("--task", choices=list(TASKS), default=DEFAULTS["task"])
     task = first.parse_known_args(argv)[0].task
     values = DEFAULTS | TASKS[task].settings | (more or {})
-    values["model"] = values["model"]()[0]
+    model = values.get("model")
+    values["model"] = model()[0] if callable(model) else model
 
     parser = argparse.ArgumentParser(description=description, formatter_class=Help)
     names = [name for name in FLAGS if only is None or name in only]

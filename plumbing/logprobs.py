@@ -12,7 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-LOGIT_CHUNK = 128  # completion tokens whose logits exist at a time
+from grpo import LOGIT_CHUNK
+
 # Share of a batch's tokens that sharing prompts must save. It costs a pass more, and the attention
 # kernels that take no mask.
 WORTH_SHARING = 0.2

@@ -22,6 +22,10 @@ IN_A_ROW = 3  # steps that teach nothing, for one reason, before the run ends
 # Mean nats a token between engine and trainer above which a step warns. Rounding alone is far
 # below: about 1e-6 in float32 and 0.01 in bf16.
 MISMATCH = 0.05
+LESS_MEMORY = (
+    ": add --gradient-checkpointing, a smaller --micro-batch-tokens, or with vLLM "
+    "--engine-args '{\"enable_sleep_mode\": true}'"
+)
 PHASES = ("rollouts", "references", "rewards", "update")
 
 
@@ -63,14 +67,14 @@ class Progress:
     `validate()` scores the policy. Raises InputError, JudgeError and FloatingPointError.
     """
 
-    def __init__(self, cfg, out: Path, policy, optimizer, watch: Callable, validate: Callable):
+    def __init__(self, cfg, out: Path, policy, optimizer, watch: Callable):
         self.cfg, self.out, self.policy, self.optimizer = cfg, out, policy, optimizer
-        self.watch, self.validate, self.clock = watch, validate, Stopwatch()
+        self.watch, self.validate, self.clock = watch, lambda: None, Stopwatch()
         self.state = {"step": 0, "num_tokens": 0, "skipped_in_a_row": 0, "doubted_in_a_row": 0}
         self.state |= {"best_score": -math.inf, "since_best": 0}
 
     def begin(self, settings: dict, resume: bool, split: dict[str, list]) -> None:
-        """Make the run's folder, or take up the run that is in it."""
+        """Make the run's folder, or take up the run that is in it, and say what will happen."""
         if resume:
             loaded = folder.load_checkpoint(self.out, self.policy, self.optimizer)
             self.state = ranks.gather(loaded or self.state, "checkpoint")[0]
@@ -87,6 +91,16 @@ class Progress:
         if ranks.RANK == 0 and any(q.id for q in split["test"]):
             ids = {name: [q.id for q in part] for name, part in split.items()}
             folder.write_json(self.out / "split.json", ids)
+        cfg, tested = self.cfg, len(split["test"])
+        others = "of the same" if cfg.split == "test-time" else "others"
+        print(
+            f"task {cfg.task}: trains on {len(split['train'])} questions without labels; the final "
+            f"table asks {tested} {others}\nrun {self.out}: {cfg.model} on "
+            f"{self.policy.device.type}, rollouts by {cfg.engine}, references by {cfg.aggregator}\n"
+            f"{cfg.steps} steps of {cfg.prompts_per_step} questions x {cfg.group_size} rollouts, "
+            f"learning rate {cfg.lr:g}",
+            flush=True,
+        )
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, behind a progress bar; fewer if validation gets no better."""
@@ -151,7 +165,8 @@ class Progress:
             )
         if self.state["skipped_in_a_row"] >= IN_A_ROW:
             what = f"the loss or its gradient was not finite in {IN_A_ROW} steps in a row"
-            raise FloatingPointError(f"{what}, the last one step {step}: lower --lr")
+            where = f"{self.out}/checkpoint holds the last step"
+            raise FloatingPointError(f"{what}, the last one step {step}: lower --lr; {where}")
 
     def end(self) -> bool:
         """Save the best adapter, or the newest; whether this process has one to show.

@@ -95,7 +95,9 @@ class SharedEngine:
         self.encode, self.sleep, self.sync = engine.encode, engine.sleep, engine.sync
 
     def sample(self, prompts: Sequence, n: int, sampling, *, seed: int = 0, **options) -> list:
-        mine = prompts[RANK::WORLD]
+        room = self.context - sampling.max_new_tokens
+        too_long = [p for p in prompts if len(self.encode(p)) > room]
+        mine = too_long or prompts[RANK::WORLD]  # then every rank raises, and says the same
         return self._dealt(self.engine.sample(mine, n, sampling, seed=seed + RANK, **options))
 
     def score(self, prompts: Sequence, completions: Sequence, **options) -> list:

@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from grpo import policy_step
+from plumbing import ranks
 from plumbing.answers import boxed_answer
 from plumbing.draws import seed_of
 from rewards import Rewards
@@ -40,7 +41,8 @@ def references_of(cfg, where, questions, engine, aggregate) -> tuple[list, list,
     prompts, seed = [q.messages for q in questions], seed_of(cfg.seed, where, "rollouts")
     groups = engine.sample(prompts, cfg.group_size, cfg.sampling, policy=False, seed=seed)
     anchor = Anchor(engine, cfg.sampling, seed=(cfg.seed, where, "anchor"))
-    references, targets = aggregate(questions, groups, anchor), []
+    # Rank 0's for all: the answer checker gives up by the clock, and so not everywhere alike.
+    references, targets = ranks.gather(aggregate(questions, groups, anchor))[0], []
     for q, group, s in zip(questions, groups, references, strict=True):
         answered = not q.boxed or boxed_answer(s.text) is not None
         if s.ids and s.finish_reason == "stop" and answered:
@@ -80,7 +82,7 @@ def validator(cfg, engine, judge, questions):
         *_, targets = references_of(cfg, "validation", questions, engine, aggregate)
 
     def validate() -> float | None:
-        prompts, ids = [q for q, _ in targets], [s.ids for _, s in targets]
+        prompts, ids = [chat for chat, _ in targets], [s.ids for _, s in targets]
         logprobs = engine.score(prompts, ids, policy=True)
         return sum(map(sum, logprobs)) / sum(map(len, logprobs)) if logprobs else None
 

@@ -42,6 +42,11 @@ def batch():
     return rollouts_of(PROMPTS, COMPLETIONS)
 
 
+def in_float32(token_logprobs):
+    """Of a float64 model too: sequence_kl keeps a KL in float32, and takes nothing else."""
+    return lambda *given: [values.float() for values in token_logprobs(*given)]
+
+
 def plain_logprobs(model, o, temperature=1.0):
     """log pi(o_t), (|o|,): alone, without padding, through the model's own head."""
     logits = model(input_ids=torch.tensor([o.prompt_ids + o.ids]), use_cache=False).logits[0]

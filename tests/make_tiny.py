@@ -1,22 +1,25 @@
-"""Makes models/tiny, the stand-in behind `--model tiny`: a small Llama that adds like a careless pupil.
+"""Makes models/tiny, the stand-in behind `--model tiny`: a small Llama, a careless pupil at sums.
 
-    python tests/make_tiny.py            build it (about 45 minutes on 2 cores), measure it, write models/tiny
+    python tests/make_tiny.py            build it (45 minutes on 2 cores), measure, write it
     python tests/make_tiny.py --measure  measure the one that is there
 
-The world: sums of two four-digit numbers, worked out column by column. The model learns from two kinds of text, half of
-the training each, through the very prompts that a run uses:
+The world: sums of two four-digit numbers, worked out column by column. The model learns from two
+kinds of text, half of the training each, through the very prompts that a run uses:
 
-    answers     "What is 4728 + 3590?" -> a worked sum in which every column has a slip with probability 0.2 or so
-                (STAGES): a digit is misread, or the carry is lost or invented. What follows is consistent with it.
-    syntheses   synthesize.SYNTHESIS_PROMPT with 1 to 8 such attempts, in the later stages more careless ones -> the
-                worked sum without slips.
+    answers     "What is 4728 + 3590?" -> a worked sum in which every column has a slip with
+                probability 0.2 or so (STAGES): a digit is misread, or the carry is lost or
+                invented. What follows is consistent with it.
+    syntheses   synthesize.SYNTHESIS_PROMPT with 1 to 8 such attempts, in the later stages more
+                careless ones -> the worked sum without slips.
 
-So its mistakes are independent between samples, as a real model's partly are: attempts at one sum go wrong in
-different columns, and often each has one, so that no attempt is right and none can be selected, while most attempts
-are right about any one column. The sums of `--task sums` (train and test) are in neither kind of text.
+So its mistakes are independent between samples, as a real model's partly are: attempts at one sum
+go wrong in different columns, and often each has one, so that no attempt is right and none can be
+selected, while most attempts are right about any one column. The sums of `--task sums` (train and
+test) are in neither kind of text.
 
-The same machine builds the same bytes: fixed seeds, and PyTorch's CPU kernels with a fixed number of threads. The model
-that is here was built a stage at a time, each from the saved one before, which is what the script does in one go.
+The same machine builds the same bytes: fixed seeds, and PyTorch's CPU kernels with a fixed number
+of threads. The model that is here was built a stage at a time, each from the saved one before,
+which is what the script does in one go.
 """
 
 import argparse
@@ -32,28 +35,23 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from analysis.statistics import interval
 from evaluate import correct
-from rewards import boxed_answer, equal
-from rollout import TransformersEngine
-from runs import interval
-from synthesize import Anchor, majority, synthesis, synthesis_messages
-from tasks import TINY_MODEL, add_lora, load_base, load_sums, sums_messages, sums_part
+from plumbing.answers import boxed_answer, equal
+from plumbing.decoding import TransformersEngine
+from plumbing.models import TINY_MODEL, add_lora, load_base
+from rollout import Sampling
+from synthesize import Anchor, majority, synthesis, synthesis_messages, texts
+from tasks import load_sums, sums_messages, sums_part
 
 PLACES = ("ones", "tens", "hundreds", "thousands")
 LAYERS, HIDDEN, HEADS, CONTEXT = 3, 128, 4, 2048
-ANSWERS, ATTEMPTS = (
-    48,
-    144,
-)  # a step's rows of answers; attempts shown in its syntheses, 144 / 8 = 18 rows of eight
+ANSWERS = 48  # a step's rows of answers
+ATTEMPTS = 144  # shown in a step's syntheses: 144 / 8 = 18 rows of eight
 STAGES = (
-    # steps, peak learning rate, slips per column in answers, and in the attempts shown to a synthesis
+    # steps, peak learning rate, slips per column in answers, and in attempts shown to a synthesis
     (1600, 4e-3, 0.19, 0.19),  # the task, and copying: few attempts first, up to eight at the end
-    (
-        800,
-        2e-3,
-        0.19,
-        0.30,
-    ),  # weighing eight attempts: who trusts a single one of these is wrong often
+    (800, 2e-3, 0.19, 0.30),  # weighing eight attempts: who trusts a single one is wrong often
     (1000, 2e-3, 0.21, 0.30),  # once more; 0.79 ** 4 = 0.39 of these answers are right
 )
 END = "<|end|>"
@@ -97,31 +95,25 @@ def draw(rng: random.Random) -> tuple[int, int]:
 
 
 def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (any text can be encoded) in which a digit is a token and a word of our prompts is a token."""
+    """Byte-level BPE (any text can be encoded): a digit is a token, and so is a word we use."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d|[a-z]+: |\\boxed\{|[+=}?]|\n+| ?[^\s\d+=}\\?]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(words, "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     attempts = [worked_sum(*draw(rng), 0.0, rng) for _ in range(8)]
-    corpus = [
-        synthesis_messages(attempts)[0]["content"],
-        sums_messages(*draw(rng))[0]["content"],
-    ] * 10
-    tokenizer.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=640,
-            special_tokens=["<|user|>", "<|assistant|>", "<|system|>", END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
+    chats = synthesis_messages(attempts), sums_messages(*draw(rng))
+    corpus = [messages[0]["content"] for messages in chats] * 10
+    trainer = trainers.BpeTrainer(
+        vocab_size=640,
+        special_tokens=["<|user|>", "<|assistant|>", "<|system|>", END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    # Padding is the end token, as in many real models: whoever masks by id instead of by length breaks here first.
+    tokenizer.train_from_iterator(corpus, trainer)
+    # Padding is the end token, as in many real models: whoever masks by id instead of by length
+    # breaks here first.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,
@@ -131,11 +123,10 @@ def make_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     )
 
 
-def batch(
-    tokenizer, count: int, slip: float, rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, targets), each (rows, width): answers where `count` is 0, else syntheses of `count` attempts each. Targets
-    are -100 outside the assistant's turn."""
+def batch(tokenizer, count: int, slip: float, rng: random.Random) -> tuple:
+    """(ids, targets), each (rows, width): answers where `count` is 0, else syntheses of `count`
+    attempts each. Targets are -100 outside the assistant's turn.
+    """
     rows = []
     for _ in range(ATTEMPTS // count if count else ANSWERS):
         a, b = draw(rng)
@@ -158,30 +149,27 @@ def batch(
 
 
 def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
-    """One stage: every step learns from a batch of answers and a batch of syntheses, half of the loss each."""
+    """One stage: a step learns from a batch of answers and one of syntheses, half the loss each."""
     _, peak, answer_slip, attempt_slip = STAGES[stage]
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     started = time.time()
     for step in range(steps):
         for group in optimizer.param_groups:  # warm-up, constant, and down to 0 over the last third
             group["lr"] = peak * min(1, (step + 1) / 200, 3 * (1 - step / steps))
-        if (
-            stage == 0
-        ):  # few attempts first: copying one is the first thing to learn, and short texts teach it fastest
+        if stage == 0:
+            # Few attempts first: copying one is the first thing to learn, and short texts teach
+            # it fastest.
             most = 1 + min(7, 10 * step // steps)
             count = rng.randint(1, most) if step % 2 else most
         else:
             count = 8 if step % 4 else rng.randint(1, 8)
         losses = {}
-        for kind, shown in (
-            ("answers", (0, answer_slip)),
-            (f"syntheses of {count}", (count, attempt_slip)),
-        ):
+        kinds = {"answers": (0, answer_slip), f"syntheses of {count}": (count, attempt_slip)}
+        for kind, shown in kinds.items():
             ids, targets = batch(tokenizer, *shown, rng)
             chosen = targets[:, 1:] != -100
-            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][
-                chosen
-            ]  # (tokens, H): right padding, causal
+            # Padding is on the right, and attention is causal.
+            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][chosen]  # (tokens, H)
             loss = torch.nn.functional.cross_entropy(model.lm_head(hidden), targets[:, 1:][chosen])
             loss.backward()
             losses[kind] = loss.item()
@@ -190,19 +178,16 @@ def teach(model, tokenizer, stage: int, steps: int, rng: random.Random) -> None:
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
             shown = "  ".join(f"{kind} {loss:.4f}" for kind, loss in losses.items())
-            print(
-                f"stage {stage}  step {step:5d}  {time.time() - started:5.0f} s  loss: {shown}",
-                flush=True,
-            )
+            seconds = f"{time.time() - started:5.0f} s"
+            print(f"stage {stage}  step {step:5d}  {seconds}  loss: {shown}", flush=True)
 
 
 def build(out: Path, steps: Sequence[int]) -> None:
     """Teach a new model, `steps` steps in each stage, and write it to `out`."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        2
-    )  # sums are split among threads: another number of them gives other last bits
+    # Sums are split among threads: another number of them gives other last bits.
+    torch.set_num_threads(2)
     rng = random.Random(0)
     tokenizer = make_tokenizer(rng)
     config = LlamaConfig(
@@ -220,15 +205,12 @@ def build(out: Path, steps: Sequence[int]) -> None:
         dtype="bfloat16",
     )
     model = LlamaForCausalLM(config).float()
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}",
-        flush=True,
-    )
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size:,} parameters, vocabulary {len(tokenizer)}", flush=True)
     for stage in range(len(STAGES)):
         teach(model, tokenizer, stage, steps[stage], rng if stage == 0 else random.Random(stage))
-        with (
-            torch.no_grad()
-        ):  # to the precision it is saved in, so that a stage can start from a saved one
+        # To the precision it is saved in, so that a stage can start from a saved one.
+        with torch.no_grad():
             for p in model.parameters():
                 p.copy_(p.bfloat16())
     torch.set_num_threads(threads)
@@ -241,26 +223,25 @@ def build(out: Path, steps: Sequence[int]) -> None:
 
 
 def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
-    """Before any training: what a single answer, a majority and a synthesis are worth on sums that were never taught."""
+    """Before any training: what an answer, a majority and a synthesis are worth on unknown sums."""
     base, tokenizer = load_base(str(path))
     engine = TransformersEngine(add_lora(base, 8, 0), tokenizer)
-    questions = load_sums(None)[1][:count]
+    questions, sampling = load_sums(None)[1][:count], Sampling(max_new_tokens=64)
     prompts = [q.messages for q in questions]
-    sampling = {"policy": False, "max_new_tokens": 64}
-    groups = engine.sample(prompts, group_size, seed=1, **sampling)
+    groups = engine.sample(prompts, group_size, sampling, policy=False, seed=1)
 
     def write(shown):
-        return synthesis(questions, shown, Anchor(engine, lambda call: 2, max_new_tokens=64))
+        return synthesis(questions, shown, Anchor(engine, sampling, seed=(2,)))
 
     references, votes = write(groups), majority(questions, groups)
-    greedy = engine.sample(prompts, 1, temperature=0, **sampling)
-    single = correct(questions, [[o.text for o in group] for group in groups])  # (Q, G)
-    voted, written = (
+    greedy = engine.sample(prompts, 1, Sampling(0, 64), policy=False)
+    single = correct(questions, [texts(group) for group in groups])  # (Q, G)
+    voted, written = (  # (Q, 1) each
         correct(questions, [[s.text] for s in made]) for made in (votes, references)
-    )  # (Q, 1)
+    )
     for name, values in {
         "one answer": single,
-        "one answer, temperature 0": correct(questions, [[g[0].text] for g in greedy]),
+        "one answer, temperature 0": correct(questions, [texts(group) for group in greedy]),
         f"majority of {group_size}": voted,
         "synthesis from 1": correct(questions, [[s.text] for s in write([g[:1] for g in groups])]),
         f"synthesis from {group_size}": written,
@@ -268,37 +249,34 @@ def measure(path: Path, count: int = 500, group_size: int = 8) -> None:
         i = interval(values.mean(dim=1))
         print(f"{name:28s} {i['mean']:.3f} ± {i['error']:.3f}")
     gain = interval((written - voted)[:, 0])
-    print(
-        f"synthesis minus majority     {gain['mean']:+.3f} ± {gain['error']:.3f}, question by question"
+    shown = f"{gain['mean']:+.3f} ± {gain['error']:.3f}, question by question"
+    print(f"synthesis minus majority     {shown}")
+    differs = torch.tensor(
+        [
+            not equal(boxed_answer(s.text), boxed_answer(v.text))
+            for s, v in zip(references, votes, strict=True)
+        ]
     )
-    differs = [
-        not equal(boxed_answer(s.text), boxed_answer(v.text))
-        for s, v in zip(references, votes, strict=True)
-    ]
     right = written[:, 0].bool()
-    print(f"synthesis differs from the majority on {sum(differs)} of {len(questions)}, "
-          f"right on {int(right[torch.tensor(differs)].sum())} of those")  # fmt: skip
+    print(
+        f"synthesis differs from the majority on {int(differs.sum())} of {len(questions)}, "
+        f"right on {int(right[differs].sum())} of those"
+    )
     hopeless = single.sum(dim=1) == 0
     print(
-        f"no rollout right on {int(hopeless.sum())} questions, synthesis right on {int(right[hopeless].sum())} of those"
+        f"no rollout right on {int(hopeless.sum())} questions, "
+        f"synthesis right on {int(right[hopeless].sum())} of those"
     )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", type=Path, default=TINY_MODEL, help="folder to write; default: models/tiny"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        nargs=3,
-        default=[stage[0] for stage in STAGES],
-        help="steps of the stages",
-    )
-    parser.add_argument(
-        "--measure", action="store_true", help="build nothing, measure what is there"
-    )
+    where = "folder to write; default: models/tiny"
+    parser.add_argument("--out", type=Path, default=TINY_MODEL, help=where)
+    default = [stage[0] for stage in STAGES]
+    parser.add_argument("--steps", type=int, nargs=3, default=default, help="steps of the stages")
+    what = "build nothing, measure what is there"
+    parser.add_argument("--measure", action="store_true", help=what)
     arguments = parser.parse_args()
     if not arguments.measure:
         build(arguments.out, arguments.steps)

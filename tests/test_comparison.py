@@ -6,6 +6,8 @@ import statistics
 import pytest
 
 from comparison_helpers import Recorder, compared, share_right, tokens_of
+from conftest import tiny_policy
+from plumbing.decoding import TransformersEngine
 from plumbing.draws import seed_of
 from rollout import Sampling
 from synthesize import AGGREGATORS, Reference
@@ -33,10 +35,10 @@ def test_every_aggregator_and_size_gets_a_row(engine):
     assert (results["questions"], results["judged"]) == (3, False)
 
 
-@pytest.fixture
-def whole(engine):
-    """(results, questions, calls of the engine): synthesis of 2 and of 4, with the trained policy."""
-    spy = Recorder(engine)
+@pytest.fixture(scope="module")
+def whole():
+    """(results, questions, calls of the engine) of synthesis of 2 and of 4, before and after."""
+    spy = Recorder(TransformersEngine(*tiny_policy()))
     results, questions = compared(spy, ("synthesis",), (2, 4), trained=True)
     return results, questions, spy.calls
 

@@ -21,7 +21,6 @@ from grpo_helpers import (
     one_step,
     plain_logprobs,
 )
-from plumbing.models import TINY_MODEL, add_lora, load_base
 
 
 def k3(new, ref):
@@ -243,18 +242,3 @@ def test_a_step_raises_what_was_rewarded_and_leaves_the_anchor_alone(policy):
     policy_step(model, optimizer, batch(), rewarded, cfg)
     assert plain_logprobs(model, o).sum().item() > before
     assert torch.equal(anchor, in_pi_0(model, o))
-
-
-def test_lora_trains_only_float32_adapters_and_starts_as_the_base():
-    base, _ = load_base(str(TINY_MODEL))
-    base.bfloat16()
-    ids = torch.tensor([batch()[0].prompt_ids])
-    with torch.no_grad():
-        before = base(input_ids=ids).logits
-        model = add_lora(base, rank=8, seed=0)
-        assert torch.equal(before, model(input_ids=ids).logits)
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable
-    assert all("lora_" in n and p.dtype == torch.float32 for n, p in trainable.items())
-    config = model.peft_config["default"]
-    assert (config.lora_dropout, config.bias, config.modules_to_save) == (0.0, "none", None)

@@ -187,7 +187,7 @@ def test_the_anchor_can_be_the_judge_and_a_rubric_that_it_cannot_write_rewards_n
     assert "boxed" not in lines(out / "rollouts.jsonl")[0]["question"][0]["content"]
 
 
-# ----------------------------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(

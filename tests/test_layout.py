@@ -66,9 +66,7 @@ def test_the_files_at_the_top_are_the_papers_and_two_more():
 
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_files_are_short_and_narrow(path):
-    tests_may_be_longer = path.parent.name == "tests" and path.name.startswith("test_")
-    most = 250 if module_of(path) in TOP else 300
-    assert tests_may_be_longer or len(lines(path)) <= most
+    assert len(lines(path)) <= (250 if module_of(path) in TOP else 300)
     assert [line for line in lines(path) if len(line) > 100] == []
 
 

@@ -1,206 +1,68 @@
-"""Answers: extraction, equality, and the reward made of them, against hand-made tables and hostile text."""
+"""The verifiable reward, and what length costs: small tables by hand.
 
-import signal
-import threading
-import time
+Rewards by a judge are in test_judged_rewards.py.
+"""
+
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import rewards
-from rewards import boxed_answer, equal, match
+from rewards import REWARDS, Rewards, match, over_length
 from rollout import Rollout
+from rubric_helpers import said
 from synthesize import Reference
+from tasks import Question
 
-
-def rollout(text: str) -> Rollout:
-    return Rollout(text, [1], [0.0], "stop", [1])
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        (r"\boxed{5}", "5"),
-        (r"first \boxed{1}, then \boxed{2}.", "2"),
-        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-        (r"\boxed {7}", "7"),
-        (r"\boxed{\{1,3\}}", r"\{1,3\}"),
-        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-        (r"\boxed{\boxed{3}}", "3"),
-        (r"a stray } brace, \boxed{4}", "4"),
-        (r"an open { brace, \boxed{4}", "4"),
-        (r"\boxed{1} and then \boxed{2", "1"),  # an unclosed box is no answer
-        (r"\boxed{12", None),
-        (r"\boxed{}", None),
-        (r"\boxed{  }", None),
-        ("the answer is 5", None),
-        ("", None),
-    ],
-)
-def test_the_last_balanced_box_is_the_answer(text, answer):
-    assert boxed_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "text", ["\\boxed{" * 10_000 + "}" * 10_000, "\\boxed{" * 100_000, "{" * 10_000 + "\\boxed{1}"]
-)
-def test_extraction_is_linear_in_nested_braces(text):
-    started = time.monotonic()
-    boxed_answer(text)
-    assert time.monotonic() - started < 5  # quadratic would be minutes
-
-
-# The pairs that a string match or a popular grader gets wrong, then more of the same kinds.
-EQUALITY = r"""
-\frac{1+\sqrt5}{2} | (1+\sqrt5)/2 | yes
-\frac{1}{x+1} | 1/x+1 | no
-3^{x+1} | 3^x+1 | no
--1\frac{1}{2} | -3/2 | yes
-204_5 | 2045 | no
-6\text{ and }8 | 6 | no
-x=5 | 5 | yes
-x=5 | y=5 | no
-7=11a+c | 11a+c | no
-\text{second} | \text{minute} | no
--2,1 | 1,-2 | yes
-32349 | 32,\!349 | yes
-32349 | 32,349 | yes
-a+b+c | c+b+a | yes
-(-\infty,2) | (-∞,2) | yes
-(1,2) | [1,2] | no
-(1,3) | \{1,3\} | no
-\pm2021 | 2021 | no
-5\% | 0.05 | yes
-1/4 | 0.25 | yes
-1/3 | 0.333333 | no
-64 | 64\text{ square feet} | yes
-\dfrac{3}{4} | \tfrac34 | yes
-90^\circ | 90 | yes
-10\text{ cm} | 10 | yes
-\$18.90 | 18.90 | yes
-(C) | \text{C} | yes
-(3,-1) | (5,2) | no
-(3,-1) | (-1,3) | no
-(3,-1) | ( 3, -1 ) | yes
-\left( 3, \frac{\pi}{2} \right) | (3,\pi/2) | yes
-(1,2,3) | (1,2) | no
-(0,9) \cup (9,36) | (0,9)\cup(9,36) | yes
-(0,9) \cup (9,36) | (0,9) | no
-007 | 7 | yes
-12 | 21 | no
-+5 | 5 | yes
-5. | 5 | yes
-1,234 | 1,23,4 | no
-\sqrt{2} | 1.41421356 | no
-2^{10} | 1024 | yes
-1 2 | 12 | no
-\cot x | \cot(x) | yes
-2\pi r | 2\pi\cdot r | yes
-2\pi r | 2 \pi  r | yes
-\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\2\end{pmatrix} | yes
-\begin{pmatrix} 1 \\ 2 \end{pmatrix} | \begin{pmatrix}1\\3\end{pmatrix} | no
-x \in [-2,7] | [-2,7] | yes
-11\sqrt2 | 11\sqrt{2} | yes
-"""
-
-
-@pytest.mark.parametrize("line", EQUALITY.strip().splitlines())
-def test_equality_against_the_table_in_both_directions(line):
-    a, b, verdict = line.split(" | ")
-    assert equal(a, b) is (verdict == "yes")
-    assert equal(b, a) is (verdict == "yes")
-    assert equal(a, a)
-    assert equal(b, b)
-
-
-def test_no_answer_equals_nothing():
-    assert not equal(None, None)
-    assert not equal(None, "5")
-    assert not equal("", "")
-    assert not equal("$", "$")  # nothing is left of it
-
-
-BOMBS = [
-    "9^{9^{9^9}}",
-    "9^{9^{9^{9}}}+1",
-    "\\frac{" * 50,
-    "{" * 10_000 + "}" * 10_000,
-    "10^{10^{10}}!",
-]
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_a_bomb_neither_hangs_nor_stops_the_checker(bomb):
-    assert equal("1/3", "2/6")  # the child is up
-    started = time.monotonic()
-    assert not equal(bomb, "7")
-    assert time.monotonic() - started < rewards.CHECK_SECONDS + 3
-    assert equal("1/2", "0.5")  # the next pair is answered
-
-
-def test_a_child_that_hangs_or_dies_is_replaced_and_its_pair_is_not_equal(monkeypatch):
-    assert equal("3/7", "6/14")  # pairs that no other test has asked about: answers are cached
-    rewards._child.send_signal(signal.SIGSTOP)  # it hangs for good
-    monkeypatch.setattr(rewards, "CHECK_SECONDS", 0.5)
-    hung = rewards._child
-    assert not equal("3/7", "9/21")
-    assert hung.poll() is not None
-    monkeypatch.undo()
-    assert equal("3/7", "12/28")
-    rewards._child.kill()
-    rewards._child.wait()
-    assert not equal("3/7", "15/35")
-    assert equal("3/7", "18/42")
-
-
-def test_equality_works_outside_the_main_thread():
-    answers = []
-    threads = [
-        threading.Thread(target=lambda i=i: answers.append(equal(f"{i}/8", str(i / 8))))
-        for i in range(1, 8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert answers == [True] * 7
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.text(), st.text())
-def test_nothing_that_a_model_can_write_raises(a, b):
-    boxed_answer(a)
-    boxed_answer("\\boxed{" + a)
-    assert equal(a, b) == equal(b, a)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.text(alphabet="\\{}[](),.^_$%0123456789xyfracsqrt ", max_size=30))
-def test_nothing_that_looks_like_latex_raises(text):
-    assert equal(text, "7") in (True, False)
-    if equal(text, "7"):
-        assert equal("7", text)
+QUESTIONS = [Question([{"role": "user", "content": f"q{n}"}]) for n in range(2)]
 
 
 def test_match_rewards_agreement_with_the_reference_by_meaning():
     groups = [
-        [
-            rollout(r"\boxed{1/2}"),
-            rollout(r"\boxed{0.5}"),
-            rollout(r"\boxed{2}"),
-            rollout("no answer"),
-        ],
-        [rollout(r"\boxed{7}"), rollout(r"\boxed{7}"), rollout(r"\boxed{8}"), rollout(r"\boxed{7")],
+        [said(r"\boxed{1/2}"), said(r"\boxed{0.5}"), said(r"\boxed{2}"), said("no answer")],
+        [said(r"\boxed{7}"), said(r"\boxed{7}"), said(r"\boxed{8}"), said(r"\boxed{7")],
     ]
-    made = match(groups, [Reference(r"so \boxed{\frac{1}{2}}"), Reference(r"\boxed{7}")])
+    references = [Reference(r"so \boxed{\frac{1}{2}}"), Reference(r"\boxed{7}")]
+    made = match(QUESTIONS, groups, references)
     assert torch.equal(made.values, torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]]))
     assert made.stats["reference/unparsable"] == 0
 
 
 def test_a_reference_without_an_answer_rewards_nobody_and_is_counted():
-    groups = [[rollout("no answer"), rollout(r"\boxed{7}")], [rollout(r"\boxed{7}"), rollout("")]]
-    made = match(groups, [Reference("nothing"), Reference(r"\boxed{7}")])
+    groups = [[said("no answer"), said(r"\boxed{7}")], [said(r"\boxed{7}"), said("")]]
+    made = match(QUESTIONS, groups, [Reference("nothing"), Reference(r"\boxed{7}")])
     assert torch.equal(made.values, torch.tensor([[0.0, 0], [1, 0]]))
     assert made.stats["reference/unparsable"] == 0.5
+
+
+def test_match_reads_no_label_and_asks_nobody():
+    """The true answer is another one than the reference's, and the reference is what counts."""
+    questions = [Question(q.messages, answer="8") for q in QUESTIONS]
+    groups = [[said(r"\boxed{7}"), said(r"\boxed{8}")]] * 2
+    made = match(questions, groups, [Reference(r"\boxed{7}")] * 2, anchor=None, judge=None)
+    assert torch.equal(made.values, torch.tensor([[1.0, 0], [1, 0]]))
+
+
+def test_the_table_holds_the_rewards_of_the_paper_and_its_baselines():
+    assert REWARDS["match"] is match
+    assert set(REWARDS) == {"match", "rubric", "rubric-question", "judge", "physician"}
+
+
+# ------------------------------------------------------------------------------------------- length
+
+
+@pytest.mark.parametrize(("limit", "over"), [(None, [0, 0, 0]), (750, [0, 1, 1]), (1, [1, 1, 1])])
+def test_rollouts_of_more_tokens_than_the_limit_are_marked(limit, over):
+    group = [Rollout("", [1] * n, [0.0] * n, "stop", [1]) for n in (750, 751, 900)]
+    assert over_length([group, group], limit).tolist() == [over, over]
+
+
+def test_long_rollouts_lose_one_and_a_missing_reward_stays_missing():
+    group = [Rollout("", [1] * n, [0.0] * n, "stop", [1]) for n in (750, 751, 900)]
+    rewards = Rewards(torch.tensor([[0.5, 0.5, math.nan]]))
+    free = rewards.values - over_length([group], None)
+    assert free[0, :2].tolist() == [0.5, 0.5]
+    charged = rewards.values - over_length([group], 750)
+    assert charged[0, :2].tolist() == [0.5, -0.5]
+    assert free[0, 2].isnan()
+    assert charged[0, 2].isnan()

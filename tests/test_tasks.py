@@ -1,4 +1,7 @@
-"""Questions: the sums' three separate worlds, and files of every kind of brokenness."""
+"""Questions: the sums' three separate worlds, files of every kind of brokenness, and the split.
+
+HealthBench is in test_healthbench.py.
+"""
 
 import argparse
 import json
@@ -10,15 +13,10 @@ import pytest
 import torch
 
 import tasks
-from tasks import (
-    InputError,
-    load_healthbench,
-    load_jsonl,
-    load_math500,
-    load_questions,
-    load_sums,
-    sums_part,
-)
+from plumbing.answers import boxed_answer, equal
+from plumbing.errors import InputError
+from plumbing.models import load_base
+from tasks import load_jsonl, load_math500, load_questions, load_sums, sums_part
 
 MATH500 = Path(__file__).resolve().parents[2] / "shared" / "data" / "math500.jsonl"
 
@@ -38,24 +36,19 @@ def test_sums_are_right_distinct_and_held_out():
             assert q.answer == str(a + b)
             assert sums_part(a, b) == name
     assert not seen["train"] & seen["test"]
-    assert [q.messages for q in train] == [
-        q.messages for q in load_sums(None)[0]
-    ]  # the same in every run
+    again, _ = load_sums(None)  # the same in every run
+    assert [q.messages for q in train] == [q.messages for q in again]
 
 
 def test_parts_of_the_world_follow_the_checksum():
     parts = [sums_part(a, 1234) for a in range(1000, 3000)]
-    assert {p: round(parts.count(p) / 2000, 1) for p in set(parts)} == {
-        "train": 0.2,
-        "test": 0.2,
-        "taught": 0.5,
-    } or all(
-        abs(parts.count(p) / 2000 - share) < 0.05
-        for p, share in (("train", 0.25), ("test", 0.25), ("taught", 0.5))
-    )
-    assert (
-        sums_part(1000, 1234) == ("train", "test", "taught", "taught")[zlib.crc32(b"1000+1234") % 4]
-    )
+    for part, share in (("train", 0.25), ("test", 0.25), ("taught", 0.5)):
+        assert abs(parts.count(part) / 2000 - share) < 0.05
+    first = ("train", "test", "taught", "taught")[zlib.crc32(b"1000+1234") % 4]
+    assert sums_part(1000, 1234) == first
+
+
+# -------------------------------------------------------------------------------------------- files
 
 
 def write(path, *lines):
@@ -118,26 +111,29 @@ def test_math500_from_a_file(tmp_path):
 
 @pytest.mark.skipif(not MATH500.exists(), reason="the real MATH-500 file is not here")
 def test_the_real_math500():
-    from rewards import boxed_answer, equal
-
     questions, _ = load_math500(MATH500)
     assert len(questions) == 500
-    solutions = [
-        json.loads(line)["solution"] for line in MATH500.read_text(encoding="utf-8").splitlines()
-    ]
-    # The published solution's own box against the published answer: an independent check of the whole reader.
-    wrong = [
-        q.answer
-        for q, s in zip(questions, solutions, strict=True)
-        if not equal(boxed_answer(s), q.answer)
-    ]
+    rows = map(json.loads, MATH500.read_text(encoding="utf-8").splitlines())
+    # The published solution's own box against the published answer: an independent check of the
+    # whole reader.
+    pairs = zip(questions, (row["solution"] for row in rows), strict=True)
+    wrong = [q.answer for q, s in pairs if not equal(boxed_answer(s), q.answer)]
     assert len(wrong) <= 2, wrong
+
+
+def test_open_ended_questions_are_asked_as_they_stand(tmp_path):
+    train, _ = load_jsonl(write(tmp_path / "q.jsonl", '{"prompt": "Write a poem."}'), boxed=False)
+    assert train[0].messages == [{"role": "user", "content": "Write a poem."}]
+    assert not train[0].boxed
+
+
+# ---------------------------------------------------------------------------------------- the model
 
 
 def test_a_loaded_model_does_not_use_cudnns_attention():
     """On an H100 its gradients can be NaN; vLLM turns it off as well."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    tasks.load_base("tiny")
+    load_base("tiny")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
@@ -148,83 +144,54 @@ def test_model_default_depends_on_the_machine(monkeypatch):
     assert tasks.hub_model()[0] == "Qwen/Qwen2.5-0.5B-Instruct"
 
 
-# ------------------------------------------------------------------------------------------------- HealthBench
-
-HEALTHBENCH = MATH500.parent / "healthbench_sample.jsonl"
+# ---------------------------------------------------------------------------------------- the split
 
 
-def health_row(n):
-    turns = [
-        {"role": "user", "content": f"Question {n}"},
-        {"role": "assistant", "content": "Which?"},
-    ]
-    prompt = [*turns, {"role": "user", "content": "That."}]
-    rubric = [
-        {"criterion": "Says so", "points": 5, "tags": []},
-        {"criterion": "Harms", "points": -8, "tags": []},
-    ]
-    return json.dumps({"prompt_id": f"id{n}", "prompt": prompt, "rubrics": rubric})
+def load(task, split, data=None, eval_questions=500, validate_every=0, reward="match"):
+    """The questions of each part, as they are asked."""
+    settings = {"task": task, "split": split, "data": data, "eval_questions": eval_questions}
+    settings |= {"validate_every": validate_every, "reward": reward}
+    parts = load_questions(argparse.Namespace(**settings))
+    assert list(parts) == ["train", "validation", "test"]
+    return {name: [q.messages[0]["content"] for q in part] for name, part in parts.items()}
 
 
-def test_healthbench_is_split_once_and_for_all(tmp_path):
-    data = write(tmp_path / "h.jsonl", *(health_row(n) for n in range(50)))
-    train, test = load_healthbench(data)
-    assert (len(train), len(test)) == (45, 5)
-    assert {q.id for q in train} | {q.id for q in test} == {f"id{n}" for n in range(50)}
-    assert [q.id for q in test] == [q.id for q in load_healthbench(data)[1]]
-    assert [q.id for q in train + test] != [f"id{n}" for n in range(50)]  # not the file's order
-    assert train[0].rubric == (("Says so", 5.0), ("Harms", -8.0))
-    assert [m["role"] for m in train[0].messages] == ["user", "assistant", "user"]
-    assert "boxed" not in str(train[0].messages)
-
-
-@pytest.mark.parametrize(
-    "broken", ['{"prompt_id": "x"}', '{"prompt_id": "x", "prompt": [], "rubrics": [{"points": 3}]}']
-)
-def test_a_broken_healthbench_row_is_named(broken, tmp_path):
-    with pytest.raises(InputError, match="row 2"):
-        load_healthbench(write(tmp_path / "h.jsonl", health_row(1), broken))
-
-
-@pytest.mark.skipif(not HEALTHBENCH.exists(), reason="no HealthBench sample here")
-def test_the_real_healthbench_rows_load():
-    train, test = load_healthbench(HEALTHBENCH)
-    assert (len(train), len(test)) == (18, 2)
-    rows = [
-        json.loads(line) for line in HEALTHBENCH.read_text(encoding="utf-8").split("\n") if line
-    ]
-    expected = {row["prompt_id"]: sum(r["points"] for r in row["rubrics"]) for row in rows}
-    assert {q.id: sum(p for _, p in q.rubric) for q in train + test} == expected
-    assert all(q.messages[-1]["role"] == "user" and q.answer is None for q in train + test)
-
-
-def test_open_ended_questions_are_asked_as_they_stand(tmp_path):
-    train, _ = load_jsonl(write(tmp_path / "q.jsonl", '{"prompt": "Write a poem."}'), boxed=False)
-    assert train[0].messages == [{"role": "user", "content": "Write a poem."}]
+def eleven(tmp_path):
+    rows = [json.dumps({"prompt": f"q{n}", "answer": "1"}) for n in range(11)]
+    return str(write(tmp_path / "q.jsonl", *rows))
 
 
 def test_the_split_decides_what_is_trained_on(tmp_path):
-    data = write(
-        tmp_path / "q.jsonl", *(json.dumps({"prompt": f"q{n}", "answer": "1"}) for n in range(11))
-    )
-    asked = lambda part: [q.messages[0]["content"] for q in part]  # noqa: E731
+    data = eleven(tmp_path)
+    parts = load("jsonl", "test-time", data, 4)
+    assert (len(parts["train"]), len(parts["test"])) == (11, 4)
+    assert set(parts["test"]) < set(parts["train"])
+    parts = load("jsonl", "held-out", data)
+    assert (len(parts["train"]), len(parts["test"])) == (5, 6)
+    assert len({*parts["train"], *parts["test"]}) == 11
+    assert load("jsonl", "held-out", data) == parts  # the same halves every time
+    parts = load("sums", "held-out")
+    assert (len(parts["train"]), len(parts["test"])) == (4096, 500)
+    assert not {*parts["train"]} & {*parts["test"]}
+    parts = load("sums", "test-time", eval_questions=100)
+    assert parts["test"] == parts["train"][:100]
+    assert len(parts["train"]) == 500
+    assert parts["validation"] == []
 
-    def load(task, split, data=None, eval_questions=500):
-        s = argparse.Namespace(
-            task=task, split=split, data=data, reward="match", eval_questions=eval_questions
-        )
-        train, test = load_questions(s)
-        return asked(train), asked(test)
 
-    train, test = load("jsonl", "test-time", str(data), 4)
-    assert (len(train), len(test)) == (11, 4)
-    assert set(test) < set(train)
-    train, test = load("jsonl", "held-out", str(data))
-    assert (len(train), len(test)) == (5, 6)
-    assert len(set(train) | set(test)) == 11
-    assert load("jsonl", "held-out", str(data)) == (train, test)  # the same halves every time
-    train, test = load("sums", "held-out")
-    assert (len(train), len(test), set(train) & set(test)) == (4096, 500, set())
-    train, test = load("sums", "test-time", eval_questions=100)
-    assert test == train[:100]
-    assert len(train) == 500
+def test_what_is_kept_back_for_validation_is_neither_trained_on_nor_tested_on(monkeypatch):
+    whole = load("sums", "held-out")
+    parts = load("sums", "held-out", validate_every=5)
+    assert len(parts["validation"]) == tasks.VALIDATION_QUESTIONS == 100
+    assert parts["validation"] + parts["train"] == whole["train"]
+    assert parts["test"] == whole["test"]
+    monkeypatch.setattr(tasks, "VALIDATION_QUESTIONS", 1000)
+    parts = load("sums", "held-out", validate_every=5)
+    assert len(parts["validation"]) == 409  # at most one in ten
+
+
+def test_a_box_is_asked_for_where_answers_are_compared(tmp_path):
+    data = eleven(tmp_path)
+    for reward, boxed in (("match", True), ("rubric", False), ("judge", False)):
+        asked = load("jsonl", "test-time", data, reward=reward)["train"]
+        assert all(("boxed" in text) == boxed for text in asked)

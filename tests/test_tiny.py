@@ -8,10 +8,12 @@ import pytest
 import make_tiny
 from evaluate import correct
 from make_tiny import draw, worked_sum
-from rewards import boxed_answer
-from rollout import TransformersEngine
-from synthesize import Anchor, majority, synthesis
-from tasks import TINY_MODEL, load_sums, sums_part
+from plumbing.answers import boxed_answer
+from plumbing.decoding import TransformersEngine
+from plumbing.models import TINY_MODEL
+from rollout import Sampling
+from synthesize import Anchor, majority, synthesis, texts
+from tasks import load_sums, sums_part
 
 
 def test_worked_sums_without_slips_are_right():
@@ -57,13 +59,16 @@ def test_the_model_is_small_and_in_safetensors(policy):
 
 
 def test_it_learnt_imperfectly_and_synthesis_beats_the_majority_beats_one_answer(policy):
-    """Single-sample accuracy of 40 to 70% at temperature 1, on the 500 sums that no text and no step ever showed it."""
+    """On the 500 sums that no text and no step ever showed it.
+
+    Single-sample accuracy is 40 to 70% at temperature 1.
+    """
     engine = TransformersEngine(*policy)
-    questions = load_sums(None)[1]
-    sampling = {"policy": False, "max_new_tokens": 64}
-    groups = engine.sample([q.messages for q in questions], 8, seed=1, **sampling)
-    written = synthesis(questions, groups, Anchor(engine, lambda call: 2, max_new_tokens=64))
-    single = correct(questions, [[o.text for o in group] for group in groups]).mean()
+    questions, sampling = load_sums(None)[1], Sampling(max_new_tokens=64)
+    prompts = [q.messages for q in questions]
+    groups = engine.sample(prompts, 8, sampling, policy=False, seed=1)
+    written = synthesis(questions, groups, Anchor(engine, sampling, seed=(2,)))
+    single = correct(questions, [texts(group) for group in groups]).mean()
     voted = correct(questions, [[s.text] for s in majority(questions, groups)]).mean()
     synthesised = correct(questions, [[s.text] for s in written]).mean()
     assert 0.4 <= single <= 0.7
@@ -79,8 +84,5 @@ def test_building_twice_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     committed = {p.name for p in TINY_MODEL.iterdir()}
     assert committed == set(files)
-    for name in (
-        "tokenizer.json",
-        "chat_template.jinja",
-    ):  # these do not depend on the number of steps
+    for name in ("tokenizer.json", "chat_template.jinja"):  # whatever the number of steps
         assert (tmp_path / "a" / name).read_bytes() == (TINY_MODEL / name).read_bytes(), name
