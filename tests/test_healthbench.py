@@ -1,12 +1,13 @@
 """HealthBench: one split once and for all, the physicians' rubrics, rows that are broken."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
 from plumbing.errors import InputError
-from tasks import load_healthbench
+from tasks import load_healthbench, load_questions
 
 HEALTHBENCH = Path(__file__).resolve().parents[2] / "shared" / "data" / "healthbench_sample.jsonl"
 
@@ -39,7 +40,19 @@ def test_healthbench_is_split_once_and_for_all(tmp_path):
     assert train[0].rubric == (("Says so", 5.0), ("Harms", -8.0))
     assert [m["role"] for m in train[0].messages] == ["user", "assistant", "user"]
     assert "boxed" not in str(train[0].messages)
-    assert not any(q.boxed for q in train + test)
+
+
+def test_healthbench_is_not_asked_for_a_box(tmp_path):
+    data = write(tmp_path / "h.jsonl", *(row(n) for n in range(20)))
+    settings = {"task": "healthbench", "split": "held-out", "data": str(data), "reward": "rubric"}
+    settings |= {"validate_every": 1, "eval_questions": 500}
+    parts = load_questions(argparse.Namespace(**settings))
+    assert {name: len(part) for name, part in parts.items()} == {
+        "train": 17,
+        "validation": 1,
+        "test": 2,
+    }
+    assert not any(q.boxed for part in parts.values() for q in part)
 
 
 @pytest.mark.parametrize(

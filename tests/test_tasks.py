@@ -124,7 +124,6 @@ def test_the_real_math500():
 def test_open_ended_questions_are_asked_as_they_stand(tmp_path):
     train, _ = load_jsonl(write(tmp_path / "q.jsonl", '{"prompt": "Write a poem."}'), boxed=False)
     assert train[0].messages == [{"role": "user", "content": "Write a poem."}]
-    assert not train[0].boxed
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -148,11 +147,12 @@ def test_model_default_depends_on_the_machine(monkeypatch):
 
 
 def load(task, split, data=None, eval_questions=500, validate_every=0, reward="match"):
-    """The questions of each part, as they are asked."""
+    """The questions of each part, as they are asked; all are boxed if a reward compares boxes."""
     settings = {"task": task, "split": split, "data": data, "eval_questions": eval_questions}
     settings |= {"validate_every": validate_every, "reward": reward}
     parts = load_questions(argparse.Namespace(**settings))
     assert list(parts) == ["train", "validation", "test"]
+    assert {q.boxed for part in parts.values() for q in part} == {reward == "match"}
     return {name: [q.messages[0]["content"] for q in part] for name, part in parts.items()}
 
 
