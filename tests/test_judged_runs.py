@@ -103,6 +103,9 @@ def test_too_many_unknown_verdicts_make_no_update(judge, data, tmp_path, capsys)
     (numbers,) = lines(out / "metrics.jsonl")
     assert numbers["judge/unknown_rate"] == 1
     assert numbers["reward"] is None
+    # Not even the KL acts: no rollout went through the trainer.
+    assert numbers["nll"] is numbers["kl"] is None
+    assert numbers["grad_norm"] == 0
     assert "100% of the verdicts are unknown" in capsys.readouterr().err
     weights = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["weights"]
     changed = [name for name, value in weights.items() if "lora_B" in name and value.any()]
