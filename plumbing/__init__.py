@@ -15,4 +15,5 @@ logprobs   token log-probabilities with each prompt read once
 models     the base model and its LoRA
 progress   what is measured, written and said after each step
 ranks      many GPUs
+settings   all settings of a run, put together
 """
