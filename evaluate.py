@@ -232,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             measured = [saved_results(run) for run in given["runs"]]
             print(tables.table(measured, given["against"]))
             if given["plot"]:
-                figures.comparison_at(given["plot"], measured)
+                figures.comparison(given["plot"], measured)
         elif command == "show":
             print(tables.show(given["run"], given["step"]))
         else:

@@ -110,8 +110,8 @@ def judged(marks: rubrics.Marks, stats: dict, points: Sequence | None = None) ->
         {"rubric": list(criteria), "verdicts": verdicts, "judge": raw}
         for criteria, verdicts, raw in zip(marks.rubrics, marks.verdicts, marks.raw, strict=True)
     ]
-    for q, detail in enumerate(details if points else ()):
-        detail["points"] = list(points[q])
+    for i, detail in enumerate(details if points else ()):
+        detail["points"] = list(points[i])
     return Rewards(values, stats, details)
 
 
@@ -121,8 +121,8 @@ def scored(marks: rubrics.Marks, points: Sequence | None) -> torch.Tensor:
         rows = [[rubrics.share_of_yes(v) for v in verdicts] for verdicts in marks.verdicts]
     else:
         rows = [
-            [rubrics.healthbench_score(v, points_q) for v in verdicts]
-            for verdicts, points_q in zip(marks.verdicts, points, strict=True)
+            [rubrics.healthbench_score(v, p) for v in verdicts]
+            for verdicts, p in zip(marks.verdicts, points, strict=True)
         ]
     return torch.tensor(rows, dtype=torch.float32)
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from transformers import set_seed
 
-from plumbing.errors import EngineError, InputError, one_line
+from plumbing.errors import NOT_FINITE, EngineError, InputError, one_line
 
 # A chat: [{"role": "user", "content": "..."}, ...]
 Messages = Sequence[dict[str, str]]
@@ -115,9 +115,7 @@ class Engine:
     def rollout(self, ids: list[int], logprobs: list[float], prompt_ids: list[int]) -> Rollout:
         """What was sampled, as a Rollout. Raises FloatingPointError."""
         if any(map(math.isnan, logprobs)):
-            raise FloatingPointError(
-                "the model's logits are not finite: lower --lr, or raise --beta"
-            )
+            raise FloatingPointError(NOT_FINITE)
         # The last id tells, not the length: a rollout can end by itself at the last allowed token.
         reason = "stop" if ids[-1] in self.stop_ids else "length"
         text = self.tokenizer.decode(ids, skip_special_tokens=True)

@@ -115,11 +115,11 @@ def write_rubrics(sources: Sequence[list], ask: Callable) -> tuple[list[list[str
     """
     rubrics: list[list[str]] = [[] for _ in sources]
     for _ in range(ATTEMPTS):
-        short = [q for q, criteria in enumerate(rubrics) if len(criteria) < MIN_CRITERIA]
+        short = [i for i, criteria in enumerate(rubrics) if len(criteria) < MIN_CRITERIA]
         if not short:
             break
-        for q, written in zip(short, ask([sources[q] for q in short]), strict=True):
-            rubrics[q] = max(rubrics[q], parse_rubric(written), key=len)
+        for i, written in zip(short, ask([sources[i] for i in short]), strict=True):
+            rubrics[i] = max(rubrics[i], parse_rubric(written), key=len)
     counts = [len(criteria) for criteria in rubrics]
     return rubrics, {
         "rubric/criteria": sum(counts) / len(counts),
@@ -134,8 +134,9 @@ _VERDICT = re.compile(r"\W*(?:<verdict>\W*)?((?a:yes|no))\W*(?:</verdict>\W*)?",
 
 
 def verdict(raw: str | None) -> bool | None:
-    """The judge's text as yes (True), no (False) or unknown (None). Only a first line that is the
-    word alone counts.
+    """The judge's text as yes (True), no (False) or unknown (None).
+
+    Only a first line that is the word alone counts.
 
     >>> [verdict(raw) for raw in ("Yes.", "**no**", "<verdict>yes</verdict>")]
     [True, False, True]
@@ -148,10 +149,10 @@ def verdict(raw: str | None) -> bool | None:
 
 @dataclass(frozen=True)
 class Marks:
-    """What a judge said of Q questions with G responses each, and question q's K_q criteria."""
+    """What a judge said of Q questions with G responses each, and question i's K_i criteria."""
 
-    rubrics: list[list[str]]  # Q x K_q
-    verdicts: list[list[list[bool | None]]]  # Q x G x K_q; None: unknown
+    rubrics: list[list[str]]  # Q x K_i
+    verdicts: list[list[list[bool | None]]]  # Q x G x K_i; None: unknown
     raw: list[list[list[str | None]]]  # the judge's own words for each; None: no answer came
 
     @property
@@ -165,23 +166,23 @@ def mark(
     rubrics: list[list[str]], responses: Sequence[Sequence[str]], judge: Callable,
     prompt: str = JUDGE_PROMPT, name: str = "criterion", given: Sequence[dict] = (),
 ) -> Marks:  # fmt: skip
-    """Every response of question q is marked by every criterion of rubrics[q], one call each.
+    """Every response to question i is marked by every criterion of rubrics[i], one call each.
 
     `judge(chats)` returns one text, or None, per chat, in the order of `chats`. One criterion per
     call: long lists of verdicts get cut off and mixed up. `name` is the tag around a criterion;
-    given[q] is what else the judge is shown about question q, as {tag: text}.
+    given[i] is what else the judge is shown about question i, as {tag: text}.
     """
     given = given or [{}] * len(rubrics)
     calls = [
-        between_tags(prompt, **given[q], **{name: criterion}, response=text)
-        for q, texts in enumerate(responses) for text in texts for criterion in rubrics[q]
+        between_tags(prompt, **given[i], **{name: criterion}, response=text)
+        for i, texts in enumerate(responses) for text in texts for criterion in rubrics[i]
     ]  # fmt: skip
     answers = iter(judge(calls))  # dealt out again in the order of `calls`
     raw = [
         [[next(answers) for _ in criteria] for _ in texts]
         for criteria, texts in zip(rubrics, responses, strict=True)
     ]
-    verdicts = [[[verdict(text) for text in row] for row in rows_of_q] for rows_of_q in raw]
+    verdicts = [[[verdict(text) for text in row] for row in rows] for rows in raw]
     return Marks(rubrics, verdicts, raw)
 
 

@@ -53,16 +53,11 @@ def curves(out: Path) -> None:
     figure.savefig(out / "curves.png", dpi=120)
 
 
-def comparison_at(path: Path, measured: Sequence[dict]) -> None:
-    """`comparison`, to a place that a person named. Raises InputError."""
-    try:
-        comparison(path, measured)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {path} ({error}): name another file with --plot") from None
-
-
 def comparison(path: Path, measured: Sequence[dict]) -> None:
-    """A PNG: accuracy by the generations an answer costs, by G, and synthesis minus majority."""
+    """A PNG: accuracy by the generations an answer costs, by G, and synthesis minus majority.
+
+    Raises InputError where it cannot be written.
+    """
     digest = measured[0]["digest"]
     found = methods([results for results in measured if results["digest"] == digest])
     first = next(m for m in found.values() if m["kind"] == "initial")
@@ -104,4 +99,7 @@ def comparison(path: Path, measured: Sequence[dict]) -> None:
         axis.set_xscale("log", base=2)
         axis.set(title=f"{title}, 95% intervals", xlabel=x, xticks=ticks, xticklabels=ticks)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
+    try:
+        figure.savefig(path, dpi=120, format="png")
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): name another file") from None

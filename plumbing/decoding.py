@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from grpo import micro_batches
+from plumbing.errors import NOT_FINITE
 from plumbing.logprobs import token_logprobs
 from rollout import Engine, Rollout
 
@@ -114,7 +115,7 @@ def draw_tokens(logits, temperature, truncate, generator) -> tuple[torch.Tensor,
     """A token for each row of `logits` (rows, V), and its log-probability: (rows, 1) each."""
     logprobs = torch.log_softmax(truncate(None, logits.float() / (temperature or 1.0)), dim=-1)
     if logprobs.isnan().any():
-        raise FloatingPointError("the model's logits are not finite: lower --lr, or raise --beta")
+        raise FloatingPointError(NOT_FINITE)
     if temperature == 0:
         token = logprobs.argmax(-1, keepdim=True)
     else:

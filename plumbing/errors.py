@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+NOT_FINITE = "the model's logits are not finite: lower --lr, or raise --beta"
+
 
 class InputError(Exception):
     """Something a person can put right: one sentence, with the way out. Exit status 2."""
