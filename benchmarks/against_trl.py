@@ -41,6 +41,7 @@ from work import (
     reward_of,
     rewards_of,
     shape_flags,
+    trainer_flags,
 )
 
 TRL = "trl==1.16.0"
@@ -181,22 +182,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="a folder or a Hugging Face id")
     shape_flags(parser)
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model"
-    )
     parser.add_argument("--beta", type=float, default=1e-3, help="coefficient of the KL")
     parser.add_argument("--lr", type=float, default=1e-5, help="learning rate")
     parser.add_argument("--steps", type=int, default=2, help="steps a turn that are measured")
     parser.add_argument("--turns", type=int, default=3, help="turns, A and B each")
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="in both",
-    )
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of this project")
     parser.add_argument(
         "--trl-args",
         type=json.loads,
@@ -222,6 +212,7 @@ def main() -> None:
         help="where TRL is, or will be installed",
     )
     parser.add_argument("--worker", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    trainer_flags(parser, micro_batch_tokens=4096)
     s = parser.parse_args()
     s.engine_args = (
         {"gpu_memory_utilization": 0.3} | s.engine_args if s.vllm else {}

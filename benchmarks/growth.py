@@ -21,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-from work import endless_engine, load_trainer, process_peak_gib
+from work import endless_engine, load_trainer, process_peak_gib, trainer_flags
 
 
 def peak_gib() -> float:
@@ -151,10 +151,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="tiny, a folder or a Hugging Face id")
-    parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model"
-    )
     parser.add_argument(
         "--prompt-tokens", type=int, default=210, help="length of the one prompt, P"
     )
@@ -175,18 +171,6 @@ def main() -> None:
     )
     parser.add_argument("--g", type=int, default=4, help="rollouts G in that series")
     parser.add_argument(
-        "--micro-batch-tokens",
-        type=int,
-        default=2048,
-        help="token_budget of the update, in all points",
-    )
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="of the model",
-    )
-    parser.add_argument(
         "--repeats", type=int, default=2, help="updates a point that are timed; the fastest counts"
     )
     parser.add_argument("--plot", type=Path, default=Path("growth.png"), help="where the plot goes")
@@ -202,6 +186,7 @@ def main() -> None:
         choices=("update", "sampling"),
         help="of --point: what is measured",
     )
+    trainer_flags(parser, micro_batch_tokens=2048)
     s = parser.parse_args()
     if s.point:
         print(json.dumps(measure(s)))

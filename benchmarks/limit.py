@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-from work import endless_engine, load_trainer, prompts_of, rewards_of, shape_flags
+from work import endless_engine, load_trainer, prompts_of, rewards_of, shape_flags, trainer_flags
 
 from grpo import GRPOConfig, update
 from plumbing.logprobs import token_logprobs
@@ -153,22 +153,9 @@ def bare_update(model, batches: list[tuple]) -> None:
 def arguments() -> argparse.Namespace:
     defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=defaults)
-    parser.add_argument("--model", required=True, help="tiny, a folder or a Hugging Face id")
     shape_flags(parser)
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the base model"
-    )
-    parser.add_argument(
         "--turns", type=int, default=5, help="turns that count, after one that warms up"
-    )
-    parser.add_argument(
-        "--micro-batch-tokens", type=int, default=4096, help="of the update and of its limit"
-    )
-    parser.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="in both",
     )
     parser.add_argument(
         "--vllm", action="store_true", help="sample with vLLM instead of transformers"
@@ -179,6 +166,7 @@ def arguments() -> argparse.Namespace:
         default={},
         help="JSON for vLLM, like gpu_memory_utilization",
     )
+    trainer_flags(parser, micro_batch_tokens=4096)
     return parser.parse_args()
 
 

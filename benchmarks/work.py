@@ -27,6 +27,16 @@ def shape_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens a rollout")
 
 
+def trainer_flags(parser: argparse.ArgumentParser, micro_batch_tokens: int) -> None:
+    """What trains, and how; the same in every benchmark of an update."""
+    switch = argparse.BooleanOptionalAction
+    add, dtypes = parser.add_argument, ("float32", "bfloat16")
+    add("--model", required=True, help="tiny, a folder or a Hugging Face id")
+    add("--dtype", default="float32", choices=dtypes, help="of the base model")
+    add("--micro-batch-tokens", type=int, default=micro_batch_tokens, help="of the update")
+    add("--gradient-checkpointing", action=switch, default=False, help="of the model")
+
+
 def prompts_of(tokenizer, count: int, tokens: int) -> list[str]:
     """`count` texts that are `tokens` tokens long, and stay so when they are encoded again."""
     words, texts = "add the numbers first then second and write all of it down".split(), []
