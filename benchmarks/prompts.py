@@ -24,6 +24,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -47,15 +48,16 @@ from tasks import Question, ask, load_healthbench
 
 def problems(args) -> dict[tuple, Question]:
     """{(file, row): question}, --problems of each file, drawn with seed 0. Raises InputError."""
-    found = {}
+    found = []
     for path in args.data:
         name = "problem" if path.stem.startswith("math500") else "prompt"
         rows = read_jsonl(path, name)
         fit = [i for i, row in enumerate(rows) if row.get("level", 1) <= args.max_level]
         random.Random(0).shuffle(fit)  # the first 20 of 60 are those of 20
-        for i in fit[: args.problems]:
-            found[path.stem, i] = Question(ask(rows[i][name]), str(rows[i]["answer"]))
-    return found
+        made = [(i, Question(ask(rows[i][name]), str(rows[i]["answer"]))) for i in fit]
+        found.append([((path.stem, i), q) for i, q in made[: args.problems]])
+    # One of each file in turn, so that what there is after an interruption is a fair part.
+    return {k: q for turn in zip_longest(*found) for k, q in filter(None, turn)}
 
 
 def synthesis(args) -> None:
@@ -67,7 +69,7 @@ def synthesis(args) -> None:
     rollouts = {k: [saved.texts[*k, n] for n in g] for k in questions}
     written, prompts = Saved(args.out / "syntheses.jsonl"), {n: SYNTHESIS[n] for n in args.prompts}
     chains = [
-        [((n, *k), p.chat(rollouts[k], q.messages[0]["content"])) for n, p in prompts.items()]
+        [((n, *k), p.chat(rollouts[k], q.conversation)) for n, p in prompts.items()]
         for k, q in questions.items()
     ]
     fill(args, written, chains, "syntheses")
