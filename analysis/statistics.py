@@ -29,8 +29,8 @@ def interval(values: np.ndarray, draws: int = 10_000, clip: bool = False) -> dic
     so are runs. A few runs vary too little among themselves, by (R - 1) / R, and their spread is
     uncertain: deviations are scaled up, at the end to t's quantile with Satterthwaite's degrees of
     freedom. p is two-sided. Given the differences of two methods, question by question, it is a
-    paired test. NaN is no value. `clip`: the mean is clipped to [0, 1], as HealthBench wants it,
-    and not the values.
+    paired test. NaN is no value. `clip`: means are clipped to [0, 1], and not the values: the mean
+    of all and those of the draws, as in HealthBench's own bootstrap.
     """
     values = np.atleast_2d(np.asarray(values, dtype=np.float64))
     values = values[:, ~np.isnan(values).any(axis=0)]
@@ -54,7 +54,9 @@ def interval(values: np.ndarray, draws: int = 10_000, clip: bool = False) -> dic
     elif len(values) > 1:  # draws of a few runs cannot show how far their tail reaches
         p = float(2 * stats.t.sf(abs(mean) / error, len(values) - 1))
     found = np.array([mean, *np.quantile(means, [0.025, 0.975])])
-    mean, low, high = np.clip(found, 0, 1) if clip else found
+    if clip:  # the error is the spread of what is reported: of the clipped means
+        error, found = float(np.clip(means, 0, 1).std()), np.clip(found, 0, 1)
+    mean, low, high = found
     return {"mean": mean, "error": error, "low": low, "high": high, "p": p}
 
 

@@ -114,12 +114,25 @@ def test_questions_without_a_score_in_any_run_are_left_out():
     assert math.isnan(one["error"])  # one question says nothing about its spread
 
 
+def test_the_error_of_a_clipped_mean_is_that_of_healthbench():
+    """simple-evals draws samples with replacement and takes the deviation of their clipped means.
+
+    The scores are those of a poor model: most means of a draw are at or below 0.
+    """
+    rng = np.random.default_rng(5)
+    values = rng.normal(0.0, 0.4, 100)
+    values -= values.mean() + 0.02
+    draws = [np.clip(rng.choice(values, len(values)).mean(), 0, 1) for _ in range(20_000)]
+    found = interval(values, clip=True)
+    assert found["error"] == pytest.approx(np.std(draws), rel=0.1)
+    assert found["error"] < interval(values)["error"] / 1.5
+
+
 def test_clipping_is_of_the_mean_and_not_of_the_values():
     found = interval([-1.0, 0.5, -0.2], clip=True)
     assert (found["mean"], found["low"]) == (0, 0)
     values = np.array([1.0] * 20 + [-0.5] * 20)
     assert interval(values, clip=True)["mean"] == pytest.approx(0.25)  # with clipped values: 0.5
-    assert interval(values, clip=True)["error"] == interval(values)["error"]
     assert interval([1.5, 0.9, 1.0], clip=True)["high"] == 1
 
 
