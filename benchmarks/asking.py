@@ -61,12 +61,15 @@ def fill(args, saved: Saved, chains: Sequence[Sequence[Call]], what: str, **opti
                         saved.add(key, answer.choices[0].message.content or "")
                         bar.update()
 
-            await asyncio.gather(*map(ask_chain, missing))
+            async with asyncio.TaskGroup() as group:  # a failure ends all the others in order
+                for chain in missing:
+                    group.create_task(ask_chain(chain))
 
     if total := sum(map(len, missing)):
         with tqdm(total=total, desc=what, unit="text", smoothing=0.05) as bar:
             try:
                 asyncio.run(work())
-            except openai.APIError as error:
+            except* openai.APIError as errors:
                 way_out = "start it, or give --url and --model; what is written stays"
-                raise InputError(f"the server {args.url} failed ({error}): {way_out}") from None
+                failed = f"the server {args.url} failed ({errors.exceptions[0]})"
+                raise InputError(f"{failed}: {way_out}") from None
