@@ -20,6 +20,7 @@ from rubrics import JUDGE_PROMPT, between_tags, verdict
 CONCURRENCY = 32  # calls to a server at a time
 REFUSALS = (401, 403, 404)  # no key, no right, no such model: no call will fare better
 PROBE_TIMEOUT = 20.0  # seconds in which a server has to show that it is there
+FIRST = between_tags(JUDGE_PROMPT, criterion="The response greets.", response="Hello!")
 
 
 def anchor_judge(engine) -> Callable:
@@ -60,9 +61,8 @@ def probe(url: str, model: str, max_tokens: int) -> None:
 
     async def ask():
         async with server.client() as client, asyncio.timeout(server.limit):
-            return await server.ask(client, question)
+            return await server.ask(client, FIRST)
 
-    question = between_tags(JUDGE_PROMPT, criterion="The response greets.", response="Hello!")
     where = f"the judge {model} at {server.url}"
     try:
         answer = asyncio.run(ask())

@@ -144,7 +144,7 @@ def test_a_step_learns_from_what_is_known_if_that_is_enough(
 class Judged:
     """In the place of server_judge: what it makes says `answers()` in turn, whatever is asked."""
 
-    def __call__(self, url, model, cache):
+    def __call__(self, url, model, cache, max_tokens):
         answers = self.answers()
         return lambda calls: [next(answers) for _ in calls]
 
