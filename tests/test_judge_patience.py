@@ -31,7 +31,7 @@ def in_seconds(seconds):
     return email.utils.formatdate(time.time() + seconds, usegmt=True)
 
 
-# ------------------------------------------------------------------------------------- Retry-After
+# -------------------------------------------------------------------------------------- Retry-After
 
 FAR = {
     "seconds": lambda: "3600",
@@ -70,7 +70,7 @@ def test_a_retry_after_that_says_nothing_gets_the_clients_own_pause(serve, cache
     assert 0.3 < gap(served) < 2
 
 
-# ------------------------------------------------------------------------- a call as a whole, silence
+# ----------------------------------------------------------------------- a call as a whole, silence
 
 
 def test_a_server_that_drips_holds_no_call(serve, cache):
@@ -102,7 +102,7 @@ def test_many_refused_prompts_in_a_row_do_not_make_a_server_look_dead(serve, cac
     assert server_judge(served.url, "m", cache)(calls_of(*prompts[-2:]))[0] is None
 
 
-# ----------------------------------------------------------------------------------------- the probe
+# ---------------------------------------------------------------------------------------- the probe
 
 
 def test_one_question_shows_that_a_judge_is_there(serve, capfd):
@@ -161,12 +161,13 @@ def test_a_busy_or_flaky_judge_is_there(serve, monkeypatch, capfd):
     probe(served.url, "m", 8)
 
 
-# ------------------------------------------------------------------------------- a model that thinks
+# ------------------------------------------------------------------------------ a model that thinks
 
 
 def thinking(content, finish="length", thought="yes"):
     message = {"role": "assistant", "content": content, "reasoning_content": thought}
-    return 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": finish}]}).encode()
+    reply = {"choices": [{"message": message, "finish_reason": finish}]}
+    return 200, {}, json.dumps(reply).encode()
 
 
 @pytest.mark.parametrize("content", [None, "", "\n", "<think>\nyes, because"])
