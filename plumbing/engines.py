@@ -45,6 +45,6 @@ def load_engine(cfg, policy, tokenizer, out: Path) -> tuple:
     engine = engine if ranks.WORLD == 1 else ranks.SharedEngine(engine)
     judge: Callable = anchor_judge(engine)
     if cfg.judge_model:
-        asked = server_judge(cfg.judge_url, cfg.judge_model, out / "judge.jsonl")
-        judge = ranks.of_rank_0(asked)
+        where, cache = (cfg.judge_url, cfg.judge_model), out / "judge.jsonl"
+        judge = ranks.of_rank_0(server_judge(*where, cache, max_tokens=cfg.judge_max_tokens))
     return engine, judge

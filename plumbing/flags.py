@@ -112,6 +112,11 @@ FLAGS = {
         "the judge's name on that server; without it, the frozen anchor judges. The paper: GPT-4o",
         {},
     ),
+    "judge_max_tokens": (
+        "longest answer of that server; a model that thinks first needs thousands, and its verdict "
+        "is still a first line that is yes or no alone",
+        {"type": COUNT},
+    ),
     "validate_every": (
         "steps between validations, which read labels, keep the best adapter, and end a run that "
         "gets no better; 0: none. The paper: on HealthBench and for CaT-SFT",

@@ -7,6 +7,8 @@ All ranks know all rollouts and rewards of a step. Rank 0 alone writes the run's
 
 import os
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -20,13 +22,17 @@ LAUNCHED = torch.distributed.is_torchelastic_launched()
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
 
+SILENCE = 300.0  # seconds without a sign of life after which a rank counts as lost
+BEAT = 1.0  # seconds between two signs
+
 
 def join() -> None:
     """Meet the other ranks, if there are any. Each takes the GPU of its number on its machine.
 
     They meet by gloo, on GPUs too: what they exchange is little beside a step's minutes, and tests
-    need no GPU. The time-out is for a rank that is slow, or that asks a judge. gloo's threads must
-    not outlive Python, so the group ends at exit, after vLLM's own groups. Raises InputError.
+    need no GPU. The time-out is long, for a rank that is slow, or that asks a judge; one that is
+    gone is noticed by `watch`. gloo's threads must not outlive Python, so the groups end at exit,
+    after vLLM's own. Raises InputError.
     """
     if WORLD == 1:
         return
@@ -39,12 +45,40 @@ def join() -> None:
     if gpus:
         torch.cuda.set_device(local)  # "cuda" means this one from now on
     torch.distributed.init_process_group("gloo", timeout=timedelta(hours=2))
-    weakref.finalize(join, leave)
+    beats = torch.distributed.new_group(timeout=timedelta(seconds=SILENCE))
+    leaving = threading.Event()
+    watcher = threading.Thread(target=watch, args=(beats, leaving), daemon=True)
+    watcher.start()
+    weakref.finalize(join, leave, watcher, leaving)
     if RANK:  # rank 0 speaks for all, until the end
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def leave() -> None:
+def watch(beats, leaving: threading.Event) -> None:
+    """A thread: meets the other ranks' every second, until the first of them leaves.
+
+    A machine without power, and a process that is stopped, close no connection: nobody would notice
+    before the two hours are over. A rank that samples, or waits for a judge, still gives its signs.
+    After SILENCE this process ends, whatever it is doing; before, it may notice and end in order.
+    """
+    ends = torch.zeros(1)  # how many ranks are leaving
+    while not ends.any():
+        leaving.wait(BEAT)
+        ends[0], began = leaving.is_set(), time.monotonic()
+        try:
+            torch.distributed.all_reduce(ends, group=beats)
+        except RuntimeError:  # at once for one that died, after SILENCE for one that is silent
+            if leaving.wait(max(0.0, SILENCE - (time.monotonic() - began))):
+                return
+            what = f"rank {RANK} has not heard of another one for {SILENCE:.0f} s"
+            way_out = "every completed step is saved. To go on: the same command with --resume"
+            print(f"stopped: {what}; {way_out} --out DIR", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread may wait in a collective that nothing can end
+
+
+def leave(watcher: threading.Thread, leaving: threading.Event) -> None:
+    leaving.set()
+    watcher.join()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

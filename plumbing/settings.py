@@ -12,6 +12,8 @@ from plumbing import folder, ranks
 from plumbing.checks import check_settings
 from plumbing.engines import installed_engine
 from plumbing.errors import InputError
+from plumbing.judges import probe
+from plumbing.server import shown_url
 from rollout import Sampling
 from tasks import TASKS
 
@@ -19,7 +21,8 @@ from tasks import TASKS
 DEFAULTS = {
     "task": "sums", "data": None, "seed": 0, "group_size": 8, "temperature": 1.0,
     "aggregator": "synthesis", "reward": "match", "length_limit": None,
-    "judge_url": "https://api.openai.com/v1", "judge_model": None, "validate_every": 0,
+    "judge_url": "https://api.openai.com/v1", "judge_model": None,
+    "judge_max_tokens": 8, "validate_every": 0,
     "beta": 1e-3, "kl": "loss", "loss": "token", "updates_per_step": 1, "micro_batch_tokens": 4096,
     "engine": "auto", "engine_args": {}, "eval_sampling": {}, "eval_questions": 500,
 }  # fmt: skip
@@ -27,14 +30,15 @@ DEFAULTS = {
 # What `evaluate.py` takes of all flags: what is asked, who answers, who judges.
 EVALUATION = {
     "task", "data", "split", "model", "seed", "group_size", "max_new_tokens", "reward", "judge_url",
-    "judge_model", "engine", "engine_args", "eval_sampling", "eval_questions", "out",
+    "judge_model", "judge_max_tokens", "engine", "engine_args", "eval_sampling", "eval_questions",
+    "out",
 }  # fmt: skip
 
-# What a resumed run may change: how far it goes, and what moves memory or work but not results
-# (beyond rounding).
+# What a resumed run may change: how far it goes, what moves memory or work but not results (beyond
+# rounding), and what a judge needs to answer at all.
 MAY_CHANGE = {
     "steps", "eval_questions", "engine", "engine_args", "micro_batch_tokens",
-    "gradient_checkpointing", "judge_url",
+    "gradient_checkpointing", "judge_url", "judge_max_tokens",
 }  # fmt: skip
 
 # How the final table samples: the paper's settings, by a part of the model's name.
@@ -79,8 +83,7 @@ def settle(given: dict, start: dict | None = None, method: str = "grpo", more=()
         print(f"model: {settings['model']} ({why}; --model names another)")
     sampling = eval_sampling(settings["eval_sampling"], settings["model"], settings["temperature"])
     settings["eval_sampling"] = sampling
-    settle_engine(settings)
-    check_settings(settings)
+    check(settings)
     name = f"{settings['task']}-{Path(settings['model']).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     settings |= {"ranks": ranks.WORLD} if ranks.WORLD > 1 else {}
     # The clocks of two ranks may differ, so the name is rank 0's.
@@ -114,9 +117,21 @@ def resumed(out: Path | None, given: dict, method: str) -> dict:
     if given.get("engine") == "transformers":
         start["engine_args"] = {}
     settings = start | given
-    settle_engine(settings)
-    check_settings(settings)
+    check(settings)
     return settings
+
+
+def check(settings: dict) -> None:
+    """Puts an engine in the place of "auto", hides secrets, and refuses what cannot go well.
+
+    That is cheap, and the model is not loaded yet. A judge is asked once whether it is there.
+    """
+    settle_engine(settings)
+    settings["judge_url"] = shown_url(settings["judge_url"])
+    check_settings(settings)
+    if model := settings["judge_model"]:
+        asked = ranks.of_rank_0(probe)
+        asked(settings["judge_url"], model, settings["judge_max_tokens"])
 
 
 def settle_engine(settings: dict) -> None:

@@ -89,6 +89,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if reply in ("slow", "dropped"):
             self.close_connection = True
             return
+        if reply == "drip":  # a byte at a time, for as long as the client lets it
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            for _ in range(1000):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.05)
         status, headers, content = reply
         usual = {"Content-Type": "application/json", "Content-Length": str(len(content))}
         self.send_response(status)

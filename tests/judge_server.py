@@ -8,16 +8,20 @@ import threading
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from plumbing.judges import FIRST
+
 
 class Judge(ThreadingHTTPServer):
     """Its verdict is a function of the prompt, so that mistaken identities would show.
 
-    With `answer` it says that every time; "refuse" is a 404.
+    With `answer` it says that every time; "refuse" is a 404, but for the first question, with which
+    a run asks whether it is there. `calls` are the prompts of the others, `seen` all (path, header
+    Authorization, body).
     """
 
     def __init__(self, answer=None):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.calls, self.lock = answer, [], threading.Lock()
+        self.answer, self.calls, self.seen, self.lock = answer, [], [], threading.Lock()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -30,8 +34,11 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][0]["content"]
         with self.server.lock:
-            self.server.calls.append(prompt)
+            self.server.seen.append((self.path, self.headers["Authorization"], body))
+            if not (first := body["messages"] == FIRST):
+                self.server.calls.append(prompt)
         text = self.server.answer or ("yes" if zlib.crc32(prompt.encode()) % 2 else "no")
+        text = "yes" if first and text == "refuse" else text
         status = 200 if text != "refuse" else 404
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "finish_reason": "stop", "message": message}

@@ -112,7 +112,8 @@ MATH500 = {
     "--steps": "1000", "--seed": "0", "--group-size": "8", "--prompts-per-step": "32",
     "--max-new-tokens": "1536", "--temperature": "1.0", "--aggregator": "synthesis",
     "--reward": "match", "--judge-url": "https://api.openai.com/v1", "--validate-every": "0",
-    "--lr": "3e-05", "--lora-rank": "32", "--beta": "0.001", "--kl": "loss", "--loss": "token",
+    "--judge-max-tokens": "8", "--lr": "3e-05", "--lora-rank": "32", "--beta": "0.001",
+    "--kl": "loss", "--loss": "token",
     "--updates-per-step": "1", "--micro-batch-tokens": "4096", "--gradient-checkpointing": "True",
     "--engine": "auto", "--eval-questions": "500",
 }  # fmt: skip

@@ -9,7 +9,8 @@ import pytest
 
 from abusive_server import NO_ANSWER, SOON, UNREADABLE, calls_of, good, numbered, servers, truth
 from plumbing.errors import JudgeError
-from plumbing.judges import ATTEMPTS, server_judge
+from plumbing.judges import server_judge
+from plumbing.server import ATTEMPTS
 
 
 @pytest.fixture

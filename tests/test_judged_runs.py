@@ -144,7 +144,7 @@ def test_a_step_learns_from_what_is_known_if_that_is_enough(
 class Judged:
     """In the place of server_judge: what it makes says `answers()` in turn, whatever is asked."""
 
-    def __call__(self, url, model, cache):
+    def __call__(self, url, model, cache, max_tokens):
         answers = self.answers()
         return lambda calls: [next(answers) for _ in calls]
 
@@ -162,7 +162,7 @@ def test_a_judge_that_talks_nonsense_ends_the_run(judge, data, tmp_path, capsys)
 def test_a_judge_that_refuses_ends_the_run_with_a_sentence_and_another_goes_on(
     judge, data, tmp_path, capsys
 ):
-    out = tmp_path / "run"
+    out = tmp_path / "run"  # the server answers the first question, and no other
     arguments = flags(data, judge("refuse"), "physician", "--validate-every 0 --steps 1")
     assert train.main([*arguments, "--out", str(out)]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
