@@ -5,6 +5,7 @@ The paper compares strings. We compare what the strings mean, because "1/2", "0.
 """
 
 import re
+from fractions import Fraction
 
 from plumbing.checker import same_value
 from plumbing.normal import tidy
@@ -104,14 +105,14 @@ def _same(x: Reading, y: Reading, ask) -> bool:
             return _same(one.parts[0], other, ask)
     if {x.kind, y.kind} == {"list", "tuple"}:
         raise Unsure  # "1,3" for (1,3): sloppy, or another answer
-    if x.kind != y.kind:
-        return False
-    if x.kind == "word":
+    if x.kind != y.kind and "word" in (x.kind, y.kind):
+        raise Unsure  # "five" for 5
+    if x.kind != y.kind or x.kind == "word":
         return False
     if x.kind == "expression":
         if x.mark != y.mark:
             raise Unsure  # 13_5 is 8, but the question may have asked for base 5
-        return not x.mark and not _both_simple(x, y) and ask(x.parts[0], y.parts[0])
+        return not x.mark and not _plainly_differ(x, y) and ask(x.parts[0], y.parts[0])
     if x.kind == "relation":
         p, q = x.parts[0], y.parts[0]
         either = x.mark in ("=", r"\ne")
@@ -146,6 +147,22 @@ def _as_relation(x: Reading) -> Reading:
     raise Unsure
 
 
-def _both_simple(x: Reading, y: Reading) -> bool:
-    """Two integers or single letters, which differ because their texts do."""
-    return all(re.fullmatch(r"-?\d+|[a-zA-Z]", r.parts[0]) for r in (x, y))
+def _plainly_differ(x: Reading, y: Reading) -> bool:
+    """Two fractions, or two letters: settled here, because most pairs are such."""
+    p, q = x.parts[0], y.parts[0]
+    if re.fullmatch("[a-zA-Z]", p) and re.fullmatch("[a-zA-Z]", q):
+        return True
+    one, other = _FRACTION.fullmatch(p), _FRACTION.fullmatch(q)
+    if not one or not other or max(len(p), len(q)) > 24:  # long decimals: see the checker
+        return False
+    values = [
+        Fraction(int(m["minus"] + m["over"]), int(m["under"] or 1))
+        for m in (one, other)
+        if int(m["under"] or 1)
+    ]
+    return len(values) == 2 and values[0] != values[1]
+
+
+_FRACTION = re.compile(
+    r"(?P<minus>-?)(?:\(?\\frac\{)?(?P<over>\d+)(?:(?:/|\}\{)(?P<under>\d+)\}?\)?)?"
+)

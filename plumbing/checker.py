@@ -152,26 +152,32 @@ def _tools():
         read = latex2sympy(latex, convert_degrees=True, **options)
         return read.subs(sympy.Symbol("i"), sympy.I).doit()
 
-    def long_decimal(x) -> bool:
-        """12 places or more: 0.866025403784 may stand for a root; 0.866 may not."""
-        return bool(x.is_Rational and x.q >= 10**12 and 10**20 % x.q == 0)
+    def stands_for(x, y) -> bool:
+        """Has x 12 decimals or more, of a y that has no end? 0.866025403784 may stand for a root;
+        0.866 may not."""
+        ends = [each.is_Rational and 10**20 % each.q == 0 for each in (x, y)]
+        return ends == [True, False] and x.q >= 10**12
 
     def agree(x, y, scaled: bool) -> bool | None:
-        """Exact for rational numbers; else to 25 digits at random points (Schwartz-Zippel)."""
+        """Exact for rational numbers; else by value at random points (Schwartz-Zippel)."""
         if x.has(AppliedUndef, sympy.nan, sympy.zoo) or y.has(AppliedUndef, sympy.nan, sympy.zoo):
             return None
         if x == y:
             return True
         symbols = sorted(x.free_symbols | y.free_symbols, key=str)
-        tolerance = 1e-12 if long_decimal(x) != long_decimal(y) else 1e-25
-        if not scaled and x.is_Rational and y.is_Rational and tolerance == 1e-25:
+        loose = stands_for(x, y) or stands_for(y, x)
+        if not scaled and x.is_Rational and y.is_Rational and not loose:
             return False
+        # 2^{1/2^{1000}} is 1 to 300 digits: as many digits more as the numbers in it have.
+        numbers = x.atoms(sympy.Rational) | y.atoms(sympy.Rational)
+        size = max((len(str(n)) for n in numbers), default=0)
+        tolerance = sympy.Rational(10) ** -(12 if loose else 25 + size)
         draw, ratio, seen = random.Random(0), None, 0
         # Positive points first. sqrt(x^2) and x agree on those alone: that is "not known".
         for signs in ((1,), (1,), (1,), (-1,), (-1, 1), (-1, 1)) if symbols else ((1,),):
             values = (draw.choice(signs) * draw.randint(200, 4000) for _ in symbols)
             point = {s: sympy.Rational(v, 997) for s, v in zip(symbols, values, strict=True)}
-            p, q = (sympy.N(each, 40, subs=point) for each in (x, y))
+            p, q = (sympy.N(each, 40 + size, subs=point) for each in (x, y))
             if not (p.is_number and q.is_number and p.is_finite and q.is_finite):
                 continue
             seen += 1

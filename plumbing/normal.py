@@ -23,12 +23,12 @@ _TRANSLATE = str.maketrans(_UNICODE)
 
 # In this order. A thin space is a space: whether it groups digits is the business of _GROUPED.
 _COSMETIC = [
+    # JSON, escaped once too often
+    (r"(?<!\\)\\\\(?=(?:[dt]?frac|sqrt|left|right|[lg]eq?|pi|infty|text|begin)(?![a-z]))", r"\\"),
     (r"\*\*(.+)\*\*", r"\1"),  # bold
-    (r"(?<=[\d)\]} ])(and|or|[ap]\.?m\.?)(?![a-z])", r"\\text{\1}"),
     (r"\\(?:left|right|displaystyle|[bB]ig[glr]?)(?![a-zA-Z])", ""),
     (r"(?<!\\)\$|\\[()\[\]]", ""),  # $...$, \(...\), \[...\]
     (r"\\!\s*", ""),
-    (r"\\\\(?=(?:frac|sqrt|[dt]frac|begin|end|text)\b)", r"\\"),  # JSON, escaped once too often
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\s+", " "),
     (r"\\(?:mathrm|text[a-z]+|mbox|mathbf|operatorname)(?![a-zA-Z])", r"\\text"),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
@@ -54,7 +54,10 @@ _COSMETIC = [(re.compile(pattern), to) for pattern, to in _COSMETIC]
 _THOUSANDS = re.compile(
     r"(?<![\d.,}{^_ ])[1-9]\d{0,2}(?:(?: ?\{,\} ?|,| )\d{3})+(?![\d,]| \d| ?\\frac|/)"
 )
-_WORDS = re.compile(r"\\text *\{[^{}]*\}|\\(?:begin|end) *\{[^{}]*\}|\\[a-zA-Z]+|\\.|[a-zA-Z]{2,}")
+_WORDS = re.compile(
+    r"\\text *\{[^{}]*\}|\\(?:begin|end) *\{[^{}]*\}|\\[a-zA-Z]+|\\.|"
+    r"(?<=[\d)\]} ])(?:(?:or|and)(?![a-z])|[ap]\.?m\.?(?![a-zA-Z]))|[a-zA-Z]{2,}"
+)
 # A space is kept where it separates: "\pi r" is not "\pir", "1 2" is not "12".
 _LOOSE_SPACE = re.compile(r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9\\]) +")
 
@@ -71,7 +74,7 @@ def tidy(answer: str) -> str:
     bare = re.fullmatch(r"[a-zA-Z ]{2,}", text) is not None
     text = _WORDS.sub(lambda m: _word(m, text, bare), text)
     text = re.sub(r"\} *\\text\{(?=[^{}]*\})", " ", text) if _ALL_TEXT.fullmatch(text) else text
-    return _LOOSE_SPACE.sub("", text).strip()
+    return _LOOSE_SPACE.sub("", re.sub(" +", " ", text)).strip()
 
 
 _ALL_TEXT = re.compile(r"(?:\\text\{[^{}]*\} *)+")
@@ -94,8 +97,13 @@ def _word(match: re.Match, text: str, bare: bool) -> str:
         if re.fullmatch(r"\(?[a-zA-Z]\)?", content) and not unit:
             return content  # \text{E}, \text{(C)}
         return rf"\text{{{content}}}"
-    if bare or len(found) >= 4 or (found in ABBREVIATIONS and re.search(r"\d +$", before)):
+    if before.endswith("_{"):
+        return found
+    after_number = re.search(r"\d( *)$", before)
+    short = found in ABBREVIATIONS or found.lower() in ("am", "pm")
+    apart = short and after_number and after_number[1]
+    if bare or len(found) >= 4 or "." in found or apart:
         return rf"\text{{{found}}}"
-    if found in ABBREVIATIONS and re.search(r"\d$", before):
+    if found in ABBREVIATIONS and after_number:
         return rf"\text{{?{found}}}"  # 12cm: a unit, or a product of letters
     return found

@@ -10,20 +10,9 @@ answers; one that gives up costs a reward now and then, and is counted (`reward/
 """
 
 import re
-from typing import NamedTuple
 
+from plumbing.latex import Reading, expression, unclear
 from plumbing.units import MAGNITUDES, unit_of
-
-
-class Reading(NamedTuple):
-    """One answer, or a part of one."""
-
-    kind: str  # expression, word, list, tuple, union, matrix, ratio, relation, unclear
-    parts: tuple  # strings, or the Readings of its elements
-    mark: str = ""  # what must agree as well: brackets, the base, < or =
-    unit: str = ""  # one side may leave it out: 12 cm and 12; not 12 cm and 12 m
-    name: str = ""  # the same: x = 5 and 5; not x = 5 and y = 5
-
 
 EMPTY = Reading("word", (r"\emptyset",))
 _NO_SOLUTION = {"no solution", "no solutions", "no real solution", "no real solutions", "empty set"}
@@ -38,10 +27,6 @@ _UNIT = re.compile(r"(?:\\text\{[^{}]*\}(?:\^\{[23]\})?|\\degree|\\?%|/(?=\\text
 _MATRIX = re.compile(
     r"\(?(?:\\begin\{([pb]?matrix)\}|\[\\begin\{array\}\{[clr|]+\})(.*)\\end\{(?:\1|array)\}[)\]]?"
 )
-_BASED = re.compile(r"([0-9A-F]+)_\{(?:\\text\{)?(\w+)\}?\}")
-_BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
-          "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
-_CLOSING = {")": "(", "]": "[", "}": "{"}
 
 
 def read(text: str) -> Reading:
@@ -61,11 +46,13 @@ def read(text: str) -> Reading:
     for rule in (_matrix, _related, _united, _bracketed, _signs, _ratio, _with_unit):
         if (found := rule(text)) is not None:
             return found
-    return _expression(text)
+    return expression(text)
 
 
-def split(text: str, separator: str) -> list[str]:
-    r"""`text` at each separator outside brackets, \begin{}..\end{} and |..|; [text] if none."""
+def split(text: str, separator: str, found_too: list[str] | None = None) -> list[str]:
+    r"""`text` at each separator outside brackets and \begin{}..\end{}; [text] if there is none.
+
+    The separators are added to `found_too`."""
     depth, parts, last = 0, [], 0
     token = rf"(?P<cut>{separator})|\\begin|\\end|\\\{{|\\\}}|\\[a-zA-Z]+|[(\[{{)\]}}]"
     for match in re.finditer(token, text):
@@ -73,6 +60,7 @@ def split(text: str, separator: str) -> list[str]:
         if match["cut"] is not None:
             if depth == 0:
                 parts.append(text[last : match.start()])
+                (found_too if found_too is not None else []).append(found.strip())
                 last = match.end()
         elif found in ("(", "[", "{", r"\{", r"\begin"):
             depth += 1
@@ -81,23 +69,20 @@ def split(text: str, separator: str) -> list[str]:
     return [p.strip() for p in (*parts, text[last:])]
 
 
-def _unclear(text: str) -> Reading:
-    return Reading("unclear", (text,))
-
-
 def _list(parts: list[str], text: str) -> Reading:
     """1,2 or 1;2 or "1 and 2": unordered, and with x = 1, y = 2 a list of names."""
     readings = [read(p) for p in parts if p]  # "1, 2, and 3" has an empty part
     if len(readings) < 2 or any(r.kind in ("unclear", "relation") for r in readings):
-        return _unclear(text)
+        return unclear(text)
     names = [r.name for r in readings]
-    if any(r.mark in ("<>", "[)", "(]", "()", "[]") and r.name for r in readings):
-        return _unclear(text) if r"\lor" not in text else Reading("union", tuple(readings))
+    alone = tuple(r._replace(name="") for r in readings)
+    if re.search(r"[<>]|\\(?:le|ge|ne|in)(?![a-z])", text):  # "or" joins them, "and" cuts
+        joined = r"\lor" in text and len(set(names)) == 1
+        return Reading("union", alone, name=names[0]) if joined else unclear(text)
     if names[0] and not any(names[1:]):  # n = 1, 2, 3
-        first = readings[0]._replace(name="")
-        return Reading("list", (first, *readings[1:]), name=names[0])
+        return Reading("list", alone, name=names[0])
     if len(set(names)) == 1:
-        return Reading("list", tuple(r._replace(name="") for r in readings), name=names[0])
+        return Reading("list", alone, name=names[0])
     return Reading("list", tuple(readings), mark="named" if all(names) else "")
 
 
@@ -108,34 +93,33 @@ def _matrix(text: str) -> Reading | None:
     rows = [row for row in re.split(r"\\\\", found[2]) if row.strip()]
     cells = [[read(cell.strip()) for cell in split(row, "&")] for row in rows]
     if any(len(row) != len(cells[0]) for row in cells) or found[0].count(r"\begin") > 1:
-        return _unclear(text)
+        return unclear(text)
     return Reading("matrix", tuple(c for row in cells for c in row), f"{len(cells)} rows")
 
 
 def _related(text: str) -> Reading | None:
     """x = ..., x \\in ..., inequalities, equations."""
-    signs = [m[0].strip() for m in _RELATION.finditer(text)]
-    pattern = _RELATION.pattern
-    sides = split(text, pattern)
+    signs: list[str] = []
+    sides = split(text, _RELATION.pattern, signs)
     if len(sides) == 1:
         return None
-    if len(signs) != len(sides) - 1 or not all(sides):
-        return _unclear(text)
+    if not all(sides):
+        return unclear(text)
     named = _NAME.fullmatch(sides[0]) is not None
     if r"\approx" in signs:  # the exact value stands before it, except in "x \approx 3"
         first = signs.index(r"\approx")
         if named and first == 0:
-            return read(sides[1])._replace(name=sides[0]) if len(sides) == 2 else _unclear(text)
+            return read(sides[1])._replace(name=sides[0]) if len(sides) == 2 else unclear(text)
         signs, sides = signs[:first], sides[: first + 1]
         if not signs:
             return read(sides[0])
     if named and signs[0] in ("=", r"\equiv", r"\in") and set(signs) <= {"=", r"\equiv", signs[0]}:
         inner = read(sides[-1])  # x = 2 + 3 = 5
-        return inner._replace(name=sides[0]) if not inner.name else _unclear(text)
+        return inner._replace(name=sides[0]) if not inner.name else unclear(text)
     if len(signs) == 2:
-        return _between(sides, signs) or _unclear(text)
+        return _between(sides, signs) or unclear(text)
     if len(signs) > 1 or signs[0] in (r"\in", r"\equiv"):
-        return _unclear(text)
+        return unclear(text)
     left, right = sides
     flipped = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}
     if _NAME.fullmatch(right) and not named:
@@ -145,8 +129,8 @@ def _related(text: str) -> Reading | None:
             return read(right)._replace(name=left)
         return _half_line(left, signs[0], right)
     difference = f"({left})-({right})"
-    if _expression(left).kind != "expression" or _expression(right).kind != "expression":
-        return _unclear(text)
+    if expression(left).kind != "expression" or expression(right).kind != "expression":
+        return unclear(text)
     if signs[0] in (">", r"\ge"):
         difference = f"({right})-({left})"
     mark = {">": "<", r"\ge": r"\le"}.get(signs[0], signs[0])
@@ -247,87 +231,14 @@ def _with_unit(text: str) -> Reading | None:
         number = rf"({number})\cdot 10^{{{MAGNITUDES[words.pop(0)]}}}"
     unit = unit_of(" ".join(words))
     money = "" if not before else "$" if "$" in before[0] else "euro"
-    inner = _expression(number)
+    inner = expression(number)
     if (
         unit is None
         or inner.kind != "expression"
         or inner.unit
         or (money and unit not in ("", money))
     ):
-        return _unclear(text)
+        return unclear(text)
     if re.search(r"[a-zA-Z]$", number) and "\\" not in number:  # x cm; but a bare word is no unit
-        return _unclear(text) if not money else inner._replace(unit=money)
+        return unclear(text) if not money else inner._replace(unit=money)
     return inner._replace(unit=money or unit)
-
-
-# ---------------------------------------------------------------------------- single expressions
-
-DEEPEST = 6  # brackets within brackets: the parser's time doubles with each
-
-# One expression is what the checker may see: single letters and these commands. Nesting, digits
-# and towers are bounded here, because sympy is not.
-_COMMANDS = set(
-    "frac sqrt pi cdot times div ln log exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh "
-    "tanh alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi omega psi eta "
-    "zeta xi kappa binom degree lfloor rfloor lceil rceil sum".split()
-)
-_TOO_BIG = re.compile(
-    r"\d{41}|!!|[)}\]]!|\d{5,}!|\^\{[^{}]*\d{5}|"  # long numbers, factorials, exponents
-    r"\^\{[^{}]*[\d)}]\^|\^\{\d+\}\^|\)\^\{\d{3,}"  # towers of numbers
-)
-_INNER = r"(?:[^{}]|\{[^{}]*\})*"  # two levels of braces
-_FACTOR = (
-    rf"(?:\d+|[a-zA-Z]|\\(?:sqrt(?:\[\d\])?|frac\{{{_INNER}\}})\{{{_INNER}\}}|\\[a-z]+ ?|"
-    rf"\((?:[^()]|\([^()]*\))*\))(?:_\{{\w+\}})?(?:\^\{{{_INNER}\}})?"
-)
-# a/bc is read in two ways, and so are sin x/2 and 1/2/3
-_CLEAR_SLASH = re.compile(rf"/{_FACTOR}(?=$|[+\-)}}*]|\\cdot|\\times)")
-_AMBIGUOUS = re.compile(
-    r"\\(?:sin|cos|tan|cot|sec|csc|log|ln)[^()+\-]*/|/[^+\-]*/|"
-    r"\d \d|\d ?\\frac\{\d+\}|(?<![a-zA-Z\\])(?:[a-zA-Z]{4}|[fgFGPQ]\()|"
-    r"[^\w\s\\{}()+\-*/^!|.]|_(?!\{\w+\})|[\d)}]_|(?<!\d)\.|\.(?!\d)|(?<![\d.])0\d"
-)
-
-
-def _exact(text: str) -> str:
-    r"""Mixed numbers and decimals as fractions: 1\frac{1}{2}, 1 1/2, 0.25, 0.\overline{3}."""
-    mixed = r"([+-]?)(\d+) ?(?:\\frac\{(\d+)\}\{(\d+)\}|(?<= )(\d+)/(\d+))"
-    if (m := re.fullmatch(mixed, text)) and int(m[3] or m[5]) < int(m[4] or m[6]):
-        return rf"{m[1]}({m[2]}+\frac{{{m[3] or m[5]}}}{{{m[4] or m[6]}}})"
-    text = re.sub(r"(\d*)\.(\d*)\\overline\{(\d+)\}", _repeating, text)
-    places = r"(?<![\d.])(\d*)\.(\d+)(?![\d.])"
-    return re.sub(places, lambda m: rf"(\frac{{{int(m[1] + m[2])}}}{{1{'0' * len(m[2])}}})", text)
-
-
-def _repeating(m: re.Match) -> str:
-    """0.1(6) is (16 - 1) / 90."""
-    once, again = int((m[1] + m[2]) or "0"), int(m[1] + m[2] + m[3])
-    return rf"(\frac{{{again - once}}}{{{'9' * len(m[3])}{'0' * len(m[2])}}})"
-
-
-def _expression(text: str) -> Reading:
-    if based := _BASED.fullmatch(text):
-        return Reading(
-            "expression", (based[1].lstrip("0"),), f"base {_BASES.get(based[2], based[2])}"
-        )
-    if re.fullmatch(r"[+-]?\d+", text):
-        sign, digits = text[0] if text[0] == "-" else "", text.lstrip("+-").lstrip("0")
-        return Reading("expression", (sign * bool(digits) + (digits or "0"),))
-    if re.fullmatch(r"[a-zA-Z]|-?\\infty|\+\\infty", text):
-        return Reading("expression", (text.removeprefix("+"),))
-    text = _exact(text)
-    depths, bare = [0], re.sub(r"\\sqrt\[\d\]", r"\\sqrt", text)
-    for character in text:
-        depths.append(depths[-1] + (character in "({") - (character in ")}"))
-    unreadable = (
-        not text
-        or not text.isascii()
-        or not set(re.findall(r"\\([a-zA-Z]+|.)", text)) <= _COMMANDS
-        or min(depths) < 0
-        or max(depths) > DEEPEST
-        or depths[-1] != 0
-        or _TOO_BIG.search(text)
-        or _AMBIGUOUS.search(bare)
-        or text.count("/") != len(_CLEAR_SLASH.findall(text))
-    )
-    return _unclear(text) if unreadable else Reading("expression", (text,))

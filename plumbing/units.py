@@ -80,7 +80,7 @@ def unit_of(phrase: str) -> str | None:
     ('cm^2', 'cm^2', 'h', None)
     """
     power, names = "", []
-    phrase = re.sub(r"\b(per|an?)\b", "/", phrase).replace("{", "").replace("}", "")
+    phrase = re.sub(r"\bper\b", "/", phrase).replace("{", "").replace("}", "")
     for word in re.findall(r"\^[23]|/|\S[^\s/^]*", phrase):
         word = word.strip(".")
         if word in _POWERS or re.fullmatch(r"\^[23]", word):
