@@ -44,7 +44,7 @@ def boxed_answer(text: str) -> str | None:
 
 # ----------------------------------------------------------------------------------------- equality
 
-LONGEST = 400  # characters; the longest answer in MATH-500 has 53
+LONGEST = 400  # characters
 MOST_QUESTIONS = 20  # to the checker, for one pair: a list of 30 roots against another asks 900
 
 

@@ -9,6 +9,7 @@ normalisation drops units and bases wherever it sees one: x/2 c = x/2, 2m = 2, 2
 """
 
 import atexit
+import contextlib
 import json
 import os
 import random
@@ -62,8 +63,9 @@ def _start_child() -> None:
     global _child, _lines
     command = [sys.executable, "-P", __file__]  # -P: this folder is not where it imports from
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    _child = subprocess.Popen(command, **pipes)
-    atexit.register(_child.kill)
+    # A process group of its own: what kills the child kills its fork as well.
+    _child = subprocess.Popen(command, **pipes, process_group=0)
+    atexit.register(_kill, _child)
     _lines = Queue()
     # A thread reads, because a pipe has no read with a time-out; it ends with the child.
     threading.Thread(target=_read_lines, args=(_child.stdout, _lines), daemon=True).start()
@@ -76,9 +78,14 @@ def _start_child() -> None:
 def _stop_child() -> None:
     global _child
     if _child is not None:
-        _child.kill()
+        _kill(_child)
         _child.wait()
         _child = None
+
+
+def _kill(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def _read_lines(stream, lines: Queue) -> None:

@@ -26,6 +26,7 @@ _BASED = re.compile(r"([0-9A-F]+)_\{(?:\\text\{)?(\w+)\}?\}")
 _BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7",
           "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
 
+LONGEST = 120  # characters; the longest answer in MATH-500 has 53
 DEEPEST = 6  # brackets within brackets: the parser's time doubles with each
 
 # One expression is what the checker may see: single letters and these commands. Nesting, digits
@@ -79,12 +80,13 @@ def expression(text: str) -> Reading:
         return Reading("expression", (sign * bool(digits) + (digits or "0"),))
     if re.fullmatch(r"[a-zA-Z]|-?\\infty|\+\\infty", text):
         return Reading("expression", (text.removeprefix("+"),))
-    text = _exact(text)
+    text = _exact(text) if len(text) <= LONGEST else text
     depths, bare = [0], re.sub(r"\\sqrt\[\d\]", r"\\sqrt", text)
     for character in text:
         depths.append(depths[-1] + (character in "({") - (character in ")}"))
     unreadable = (
-        not text
+        not 0 < len(text) <= LONGEST
+        or text.count("|") > 4
         or not text.isascii()
         or not set(re.findall(r"\\([a-zA-Z]+|.)", text)) <= _COMMANDS
         or min(depths) < 0

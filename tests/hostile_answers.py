@@ -1,6 +1,9 @@
 """Strings that make parsers and computer algebra hang, for tests/test_answers_hostile.py."""
 
 import random
+import sys
+import time
+from pathlib import Path
 
 _ATOMS = ("9", "x", "2", "99", r"\pi", "i", "e", "123456789", "0", "n", r"\infty", "0.1", "a_{1}")
 _WRAPS = (
@@ -56,3 +59,23 @@ def hostile(count: int, seed: int = 0):
                 draw.shuffle(pair)
                 made = draw.choice(_WRAPS).format(*pair)
             yield made
+
+
+def measured(count: int, seed: int = 0) -> list[float]:
+    """Seconds of each group of eight strings against one reference."""
+    from plumbing.answers import equal
+
+    strings, references = list(hostile(count, seed)), ("7", r"\frac{1}{2}", "x+1", r"\sqrt{2}")
+    seconds = []
+    for i in range(0, count, 8):
+        started = time.monotonic()
+        for text in strings[i : i + 8]:
+            equal(text, references[i // 8 % len(references)])
+        seconds.append(time.monotonic() - started)
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    groups = measured(10_000)
+    print(f"10,000 strings in {sum(groups):.0f} s, the slowest group of eight {max(groups):.1f} s")
