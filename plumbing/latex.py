@@ -34,7 +34,7 @@ DEEPEST = 6  # brackets within brackets: the parser's time doubles with each
 _COMMANDS = set(
     "frac sqrt pi cdot times div ln log exp sin cos tan cot sec csc arcsin arccos arctan sinh cosh "
     "tanh alpha beta gamma delta epsilon theta lambda mu nu rho sigma tau phi varphi omega psi eta "
-    "zeta xi kappa binom degree lfloor rfloor lceil rceil sum".split()
+    "zeta xi kappa binom degree lfloor rfloor lceil rceil".split()
 )
 _TOO_BIG = re.compile(
     r"\d{41}|!!|[)}\]]!|\d{5,}!|\^\{[^{}]*\d{5}|"  # long numbers, factorials, exponents

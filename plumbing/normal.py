@@ -43,7 +43,7 @@ _COSMETIC = [
     (r"\(\s*(?:mod|\\bmod|\\text *\{ *mod *\}) *(\w+) *\)|\\bmod *(\w+)", r"\\pmod{\1\2}"),
     (r"([\^_]) *(\d+)", r"\1{\2}"),
     # an argument without braces: \frac12, \sqrt2, x^n, \frac{1}2
-    (r"(\\frac|\\sqrt(?:\[\d\])?|[\^_]) *(\\[a-zA-Z]+|[a-zA-Z\d])", r"\1{\2}"),
+    (r"(\\frac|\\pmod|\\sqrt(?:\[\d\])?|[\^_]) *(\\[a-zA-Z]+|[a-zA-Z\d])", r"\1{\2}"),
     (r"(\\frac *\{(?:[^{}]|\{[^{}]*\})*\}) *([a-zA-Z\d])", r"\1{\2}"),
     (r"\\sqrt\[([357])\]\{-", r"-\\sqrt[\1]{"),  # the real root, as every school book means it
     (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\w.])", r"\1\\cdot 10^{\2}"),  # 1.5e3

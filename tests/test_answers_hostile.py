@@ -10,7 +10,7 @@ def test_a_thousand_hostile_strings_are_fast_and_a_group_never_above_five_second
     equal(r"\sqrt{2}", "x")  # the child is up
     started = time.monotonic()
     groups = measured(1_000, seed=1)
-    assert time.monotonic() - started < 60  # 12 s for 10,000 would be 1.2; this is a shared machine
+    assert time.monotonic() - started < 60  # 12 s is the goal's pace; other work may share the CPU
     assert max(groups) < 5
 
 

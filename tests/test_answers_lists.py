@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from plumbing.answers import compare, equal
+from rewards import match
+from rubric_helpers import said
+from synthesize import Reference
 
 LISTS = sorted((Path(__file__).parent / "data/answers").glob("*.txt"))
 
@@ -61,3 +64,10 @@ def test_what_cannot_be_told_is_none_and_not_equal(a, b, verdict):
     assert compare(a, b) is verdict
     assert compare(b, a) is verdict
     assert equal(a, b) is (verdict is True)
+
+
+def test_unsure_pairs_earn_nothing_and_are_counted():
+    group = [said(rf"\boxed{{{answer}}}") for answer in (r"\frac{a}{bc}", "a/bc", "1/a/b", "2")]
+    made = match([None], [group], [Reference(r"\boxed{\frac{a}{bc}}")])
+    assert made.values.tolist() == [[1, 0, 0, 0]]
+    assert made.stats["reward/unsure"] == 2 / 4
