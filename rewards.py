@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 import rubrics
-from plumbing.answers import boxed_answer, equal
+from plumbing.answers import boxed_answer, compare
 from synthesize import Anchor, Reference, texts
 from tasks import Question
 
@@ -55,11 +55,14 @@ def match(questions, groups, references: Sequence[Reference], anchor=None, judge
     reference without an answer equals none: its row is all 0, so A = 0, and only the KL acts.
     """
     targets = [boxed_answer(s.text) for s in references]  # (Q,)
-    rows = [
-        [float(equal(boxed_answer(o.text), target)) for o in group]
+    verdicts = [  # True, False, or None: not sure, which is no reward, and counted
+        [compare(boxed_answer(o.text), target) for o in group]
         for group, target in zip(groups, targets, strict=True)
     ]
+    rows = [[float(verdict is True) for verdict in row] for row in verdicts]
+    unsure = [verdict is None for row in verdicts for verdict in row]
     stats = {"reference/unparsable": sum(target is None for target in targets) / len(targets)}
+    stats["reward/unsure"] = sum(unsure) / len(unsure)
     return Rewards(torch.tensor(rows, dtype=torch.float32), stats)  # (Q, G)
 
 

@@ -2,18 +2,14 @@
 
 The paper compares strings. We compare what the strings mean, because "1/2", "0.5" and
 "\\frac{1}{2}" are one answer, and a reward that calls them different teaches notation.
-
-`python plumbing/answers.py` is the checker's child process (see `equal`); people never call it.
 """
 
-import atexit
-import json
 import re
-import subprocess
-import sys
-import threading
-from functools import lru_cache
-from queue import Empty, Queue
+from fractions import Fraction
+
+from plumbing.checker import same_value
+from plumbing.normal import tidy
+from plumbing.reading import Reading, read
 
 # --------------------------------------------------------------------------------------- the answer
 
@@ -48,162 +44,125 @@ def boxed_answer(text: str) -> str | None:
 
 # ----------------------------------------------------------------------------------------- equality
 
-CHECK_SECONDS = 5.0  # one comparison; most take 3 ms
-START_SECONDS = 120.0  # importing sympy on a busy machine
-# characters; the longest answer in MATH-500 has 53. Longer ones must match as strings.
-LONGEST = 400
-
-_COSMETIC = re.compile(
-    r"(?<!\\)\\[,;:> ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|(?<!\\)\$|[\s~]+"
-)
-# A space is kept where it separates: "\pi r" is not "\pir", "1 2" is not "12", and "1 \\ 2" is a
-# row of a matrix.
-_LOOSE_SPACE = re.compile(r" +(?![A-Za-z0-9])|(?<![A-Za-z0-9\\]) +")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+")
-_INTEGER = re.compile(r"[+-]?\d+")
+LONGEST = 400  # characters
+MOST_QUESTIONS = 20  # to the checker, for one pair: a list of 30 roots against another asks 900
 
 
-def _plain(answer: str) -> str:
-    """`answer` without what never carries meaning: spacing, sizes of brackets, thousands commas;
-    infinity as a command.
-    """
-    answer = _COSMETIC.sub(" ", answer.replace("\\!", "").replace("∞", "\\infty "))
-    answer = _LOOSE_SPACE.sub("", answer).rstrip(".")
-    return answer.replace(",", "") if _THOUSANDS.fullmatch(answer) else answer
-
-
-def _elements(answer: str) -> tuple[str, list[str], str] | None:
-    """A tuple or interval as (opening, elements, closing): "(1,[2,3]]" -> ("(", ["1", "[2,3]"],
-    "]"); else None.
-    """
-    if len(answer) < 3 or answer[0] not in "([" or answer[-1] not in ")]":
-        return None
-    parts, depth = [""], 0
-    for character in answer[1:-1]:
-        depth += (character in "([{") - (character in ")]}")
-        if depth < 0:  # "(1,2)U(3,4)": the first bracket does not enclose the rest
-            return None
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return (answer[0], parts, answer[-1]) if len(parts) > 1 and depth == 0 else None
+class Unsure(Exception):
+    """Raised inside `compare`, never out of it."""
 
 
 def equal(a: str | None, b: str | None) -> bool:
-    """Do two final answers mean the same? Symmetric; None (no answer) equals nothing; never
-    raises, never hangs.
+    """Do two final answers mean the same? What cannot be told is not equal: see `compare`."""
+    return compare(a, b) is True
 
-    Strings that agree are equal and unequal integers are not: that settles most pairs for
-    nothing. Tuples and intervals are compared element by element and in order, with the same
-    brackets: math-verify reads "(15,-29)" as an empty interval, equal to every other. The rest
-    goes to math-verify, in a child process that is killed after CHECK_SECONDS: its own time-out
-    needs SIGALRM, which works in the main thread only and cannot interrupt 9^{9^{9^9}}, a single
-    call into C."""
+
+def compare(a: str | None, b: str | None) -> bool | None:
+    r"""Do two final answers mean the same? None: the rules are not sure.
+
+    Symmetric; None (no answer) equals nothing; never raises, never hangs. Texts that agree but for
+    spacing are equal. Others are read (plumbing/reading.py) and compared part by part; only single
+    expressions of the same place go to sympy, in a process of its own (plumbing/checker.py). A
+    `True` pays in training, so every rule that could guess says None instead.
+
+    >>> compare(r"x = \frac12 \text{ cm}", "0.5"), compare("12 cm", "12 m"), compare("a/bc", "a")
+    (True, False, None)
+    """
     if a is None or b is None:
         return False
-    a, b = _plain(a), _plain(b)
+    if max(len(a), len(b)) > LONGEST:
+        return True if a.strip() == b.strip() else None
+    a, b = sorted((tidy(a), tidy(b)))
     if a == b:
         return a != ""
-    if max(len(a), len(b)) > LONGEST:
-        return False
-    if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(b):
-        return int(a) == int(b)
-    one, other = _elements(a), _elements(b)
-    if one and other:
-        same_shape = (one[0], len(one[1]), one[2]) == (other[0], len(other[1]), other[2])
-        return same_shape and all(equal(x, y) for x, y in zip(one[1], other[1], strict=True))
-    braces = ("\\{" in a, "\\{" in b)
-    if (one and braces[1]) or (other and braces[0]):
-        return False  # an interval or a tuple is not a set, which math-verify overlooks
-    return _ask_child(*sorted((a, b)))
+    questions = iter(range(MOST_QUESTIONS))
 
+    def ask(p: str, q: str, scaled: bool = False) -> bool:
+        verdict = same_value(*sorted((p, q)), scaled) if next(questions, None) is not None else None
+        if verdict is None:
+            raise Unsure
+        return verdict
 
-_lock = threading.Lock()
-_child: subprocess.Popen | None = None
-_verdicts: Queue = Queue()
-
-
-@lru_cache(maxsize=100_000)  # the same few answers come back in every group
-def _ask_child(a: str, b: str) -> bool:
-    global _child
-    with _lock:
-        try:
-            if _child is None:
-                _start_child()
-            _child.stdin.write(json.dumps([a, b]).encode() + b"\n")
-            _child.stdin.flush()
-            verdict = _next_line(CHECK_SECONDS)
-        except BrokenPipeError:
-            verdict = b""
-        # Ctrl-C, say: an answer that arrives later must not be read as the next pair's
-        except BaseException:
-            _stop_child()
-            raise
-        # it hung or crashed on this pair: not shown to be equal, and the next pair gets a new
-        # child
-        if not verdict:
-            _stop_child()
-        return verdict == b"true\n"
-
-
-def _start_child() -> None:
-    global _child, _verdicts
-    command = [sys.executable, "-P", __file__]  # -P: this folder is not where it imports from
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    _child = subprocess.Popen(command, **pipes)
-    atexit.register(_child.kill)
-    _verdicts = Queue()
-    # A thread reads, because a pipe has no read with a time-out; it ends with the child.
-    threading.Thread(target=_read_lines, args=(_child.stdout, _verdicts), daemon=True).start()
-    if _next_line(START_SECONDS) != b"ready\n":
-        raise RuntimeError(
-            "the answer checker did not start: does `python -c 'import math_verify'` work?"
-        )
-
-
-def _stop_child() -> None:
-    global _child
-    if _child is not None:
-        _child.kill()
-        _child.wait()
-        _child = None
-
-
-def _read_lines(stream, lines: Queue) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(b"")
-
-
-def _next_line(seconds: float) -> bytes:
     try:
-        return _verdicts.get(timeout=seconds)
-    except Empty:
-        return b""
+        return _same(read(a), read(b), ask)
+    except Unsure:
+        return None
 
 
-def _serve() -> None:
-    """The child: a pair of answers per line in, true or false per line out."""
-    from math_verify import parse, verify  # here, so that the parent never pays for sympy
-
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            # Two symbols for one value must agree to 12 digits: with the default of 6, 1/3 equals
-            # 0.333333.
-            x, y = (
-                parse(f"\\boxed{{{answer}}}", parsing_timeout=None) for answer in json.loads(line)
+def _same(x: Reading, y: Reading, ask) -> bool:
+    """Are two readings equal? Raises Unsure."""
+    names_differ = x.name and y.name and x.name != y.name
+    if names_differ or (x.kind != y.kind and "relation" in (x.kind, y.kind)):
+        x, y = _as_relation(x), _as_relation(y)  # y = 2x and 2x - y = 0; not x = 5 and y = 5
+    if x._replace(name="", unit="") == y._replace(name="", unit=""):
+        return not (x.unit and y.unit) or x.unit == y.unit
+    if "unclear" in (x.kind, y.kind):
+        raise Unsure
+    if x.unit and y.unit and x.unit != y.unit:
+        return False
+    for one, other in ((x, y), (y, x)):
+        if one.kind == "list" and len(one.parts) == 1 and other.kind == "expression":  # \{5\} and 5
+            return _same(one.parts[0], other, ask)
+    if {x.kind, y.kind} == {"list", "tuple"}:
+        raise Unsure  # "1,3" for (1,3): sloppy, or another answer
+    if x.kind != y.kind and "word" in (x.kind, y.kind):
+        raise Unsure  # "five" for 5
+    if x.kind != y.kind or x.kind == "word":
+        return False
+    if x.kind == "expression":
+        if x.mark != y.mark:
+            raise Unsure  # 13_5 is 8, but the question may have asked for base 5
+        return not x.mark and not _plainly_differ(x, y) and ask(x.parts[0], y.parts[0])
+    if x.kind == "relation":
+        p, q = x.parts[0], y.parts[0]
+        either = x.mark in ("=", r"\ne")
+        return x.mark == y.mark and (ask(p, q, True) or (either and ask(p, f"-({q})", True)))
+    if x.kind in ("list", "union") and x.mark == y.mark:
+        if x.mark == "named":  # x = 1, y = 2 in any order
+            x, y = (r._replace(parts=sorted(r.parts, key=lambda p: p.name)) for r in (x, y))
+        else:
+            # Sets: roots have no order, and a root that is named twice is one root.
+            return all(any(_same(p, q, ask) for q in y.parts) for p in x.parts) and all(
+                any(_same(p, q, ask) for p in x.parts) for q in y.parts
             )
-            settings = {"float_rounding": 12, "timeout_seconds": None}
-            # Both directions, because verify(gold, answer) is lenient to the answer: it finds
-            # "7=11a+c" in "11a+c".
-            same = bool(x and y) and verify(x, y, **settings) and verify(y, x, **settings)
-        # sympy raises anything at all on hostile input; what cannot be read is not equal
-        except Exception:
-            same = False
-        print(json.dumps(same), flush=True)
+    elif x.kind != "list" and x.mark != y.mark:
+        return False
+    pairs = zip(x.parts, y.parts, strict=False)
+    return len(x.parts) == len(y.parts) and all(_same(p, q, ask) for p, q in pairs)
 
 
-if __name__ == "__main__":
-    _serve()
+def _as_relation(x: Reading) -> Reading:
+    """x = 5 as x - 5 = 0, and the half-line x < 5 as x - 5 < 0."""
+    if x.kind == "relation" or not x.name:
+        return x
+    parts, name = [p.parts[0] for p in x.parts if isinstance(p, Reading)], f"({x.name})"
+    if read(x.name).kind != "expression" or x.mark.startswith("base") or x.unit:
+        raise Unsure
+    if x.kind == "expression":
+        return Reading("relation", (f"{name}-({x.parts[0]})",), "=")
+    if x.kind == "tuple" and parts[0] == r"-\infty":
+        return Reading("relation", (f"{name}-({parts[1]})",), r"\le" if "]" in x.mark else "<")
+    if x.kind == "tuple" and parts[-1] == r"\infty":
+        return Reading("relation", (f"({parts[0]})-{name}",), r"\le" if "[" in x.mark else "<")
+    raise Unsure
+
+
+def _plainly_differ(x: Reading, y: Reading) -> bool:
+    """Two fractions, or two letters: settled here, because most pairs are such."""
+    p, q = x.parts[0], y.parts[0]
+    if re.fullmatch("[a-zA-Z]", p) and re.fullmatch("[a-zA-Z]", q):
+        return True
+    one, other = _FRACTION.fullmatch(p), _FRACTION.fullmatch(q)
+    if not one or not other or max(len(p), len(q)) > 24:  # long decimals: see the checker
+        return False
+    values = [
+        Fraction(int(m["minus"] + m["over"]), int(m["under"] or 1))
+        for m in (one, other)
+        if int(m["under"] or 1)
+    ]
+    return len(values) == 2 and values[0] != values[1]
+
+
+_FRACTION = re.compile(
+    r"(?P<minus>-?)(?:\(?\\frac\{)?(?P<over>\d+)(?:(?:/|\}\{)(?P<under>\d+)\}?\)?)?"
+)
