@@ -15,12 +15,24 @@ def markdown(table: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
 
 
+NOTE = (
+    "± standard error, interval and p (two-sided): bootstrap over runs and questions, paired for "
+    "differences; generations and tokens per answer, of the first run"
+)
+
+
 def table(measured: Sequence[dict], against: str | None = None) -> str:
     """Results as Markdown, a table for each set of questions. Raises InputError.
 
     `against`: the row that differences are taken to; default: the first.
     """
-    lines = []
+    tables = cells_of(measured, against)
+    return "\n".join([*(line for cells in tables for line in (*markdown(cells), "")), NOTE])
+
+
+def cells_of(measured: Sequence[dict], against: str | None = None) -> list[list[list[str]]]:
+    """The tables of `table`, each as rows of cells with the head first. Raises InputError."""
+    tables = []
     for digest in dict.fromkeys(results["digest"] for results in measured):
         group = [results for results in measured if results["digest"] == digest]
         found, judged, total = methods(group), group[0]["judged"], group[0]["questions"]
@@ -35,10 +47,8 @@ def table(measured: Sequence[dict], against: str | None = None) -> str:
             d = difference(m, found[rival]) if name != rival else None
             row = [*scores_of(m, judged, total), *difference_of(d)]
             cells.append([name, *row, f"{m['generations']}", f"{m['tokens']:.0f}"])
-        lines += [*markdown(cells), ""]
-    note = "± standard error, interval and p (two-sided): bootstrap over runs and questions"
-    note += ", paired for differences; generations and tokens per answer, of the first run"
-    return "\n".join([*lines, note])
+        tables.append(cells)
+    return tables
 
 
 def scores_of(m: dict, judged: bool, total: int) -> list[str]:
@@ -73,15 +83,20 @@ PARTS = {
 
 def explain(results: dict) -> str:
     """Counts of questions, pass@k and how texts are written, as small tables."""
-    lines = []
+    return "\n".join(line for cells in parts_of(results) for line in (*markdown(cells), ""))
+
+
+def parts_of(results: dict) -> list[list[list[str]]]:
+    """The tables of `explain`, each as rows of cells with the head first."""
+    tables = []
     for corner, part in PARTS.items():
         if rows := results.get(part):
             cells = [[corner, *next(iter(rows.values()))]]
             for name, numbers in rows.items():
                 shown = [f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in numbers.values()]
                 cells.append([name, *shown])
-            lines += [*markdown(cells), ""]
-    return "\n".join(lines)
+            tables.append(cells)
+    return tables
 
 
 def show(run: Path, step: int) -> str:
