@@ -169,8 +169,8 @@ def parting(row: dict, found: dict) -> str:
         if marks[first - 1] == "new":
             who = [n for n, mark in enumerate(marks, 1) if mark in ("same", "alike")]
             whose = f"which is also in {listed(who)}" if who else "which is in no rollout"
-            shown = line if len(line) <= 90 else line[:89] + "…"
-            return f"It first leaves the majority's rollout {first} at “{shown}”, {whose}."
+            where = f"It first leaves the majority's rollout {first} at"
+            return f"{where} “{shortened(line.strip())}”, {whose}."
     return ""
 
 
@@ -223,3 +223,21 @@ def criteria(row: dict) -> list[dict]:
         flat = len({verdict for verdict, _ in cells}) == 1
         found.append({"text": text, "points": points[k], "cells": cells, "flat": flat})
     return found
+
+
+def compared(row: dict, rubric: Sequence[dict]) -> str:
+    """What the rubric makes of the best and of the worst rollout, in sentences."""
+    known = [(reward, n) for n, reward in enumerate(row["rewards"]) if reward is not None]
+    apart = sum(not criterion["flat"] for criterion in rubric)
+    text = f"{apart} of {len(rubric)} criteria tell the rollouts apart."
+    if not known or max(known)[0] == min(known)[0]:
+        return text
+    (most, best), (least, worst) = max(known), min(known)
+    better = [c["text"] for c in rubric if c["cells"][best][0] and c["cells"][worst][0] is False]
+    ends = f"Rollout {best + 1} ({most:.2f}) is ahead of rollout {worst + 1} ({least:.2f})"
+    why = ", ".join(f"“{shortened(criterion)}”" for criterion in better[:4])
+    return f"{text} {ends}, which does not meet: {why}." if better else f"{text} {ends}."
+
+
+def shortened(text: str, width: int = 90) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -23,8 +23,9 @@ from plumbing.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 BETWEEN = 8  # steps that are shown between the first and the last
+IMITATED = "CaT-SFT rewards nobody: the policy imitates the reference."
 LIMIT = 5_000_000  # bytes of questions on a page whose steps nobody named
-LONG = 30  # lines: a longer text gets a box that scrolls
+SHORT = 44  # columns: texts whose lines are no longer stand closer together
 
 
 def number(value: float | None, signed: bool = False) -> str:
@@ -47,9 +48,7 @@ def templates() -> Environment:
         "script": Markup(script),
         "script_hash": Markup(digest),
         "style": Markup((HERE / "page.css").read_text(encoding="utf-8")),
-        "headlines": decisions.HEADLINES,
         "listed": decisions.listed,
-        "long": LONG,
     }
     page.filters |= {"number": number, "percent": lambda share: f"{share:.0%}"}
     return page
@@ -93,18 +92,28 @@ def question(row: dict, number: int, settings: dict) -> dict:
     found = decisions.vote(row) if settings["reward"] == "match" else None
     reference, rollouts = decisions.marked(row)
     rubric = decisions.criteria(row) if row.get("rubric") is not None else None
+    said = []
+    if found:
+        said = [decisions.told(found, size), decisions.parting(row, found)]
+    elif rubric:
+        said = [decisions.compared(row, rubric)]
+    imitated = settings["method"] == "sft"
+    said.append(IMITATED if imitated else decisions.consequence(row, A, found))
     texts = [row["reference"], *row["rollouts"]]
-    right = {n: o["right"] for o in (found["options"] if found else ()) for n in o["rollouts"]}
-    answers = {n: o["answer"] for o in (found["options"] if found else ()) for n in o["rollouts"]}
-    said = [decisions.told(found, size), decisions.parting(row, found)] if found else []
+    by_number = {n: o for o in (found["options"] if found else ()) for n in o["rollouts"]}
+    nothing = {"answer": None, "right": False if found and found["truth"] is not None else None}
     cut = row.get("cut_off", [False] * (size + 1))
+    asked, _, rest = row["question"][-1]["content"].partition("\n\n")
+    silent = not imitated and not any(A)
     return {
         "step": row["step"],
         "number": number,
+        "asked": (asked, rest and f"\n\n{rest}"),
         "messages": row["question"],
+        "tag": decisions.HEADLINES[found["kind"]] if found else ("", shown_rewards(row, silent)),
         "vote": found,
         "size": size,
-        "sentences": [*said, decisions.consequence(row, A, found)],
+        "sentences": said,
         "reference": [
             {
                 "text": text,
@@ -120,8 +129,8 @@ def question(row: dict, number: int, settings: dict) -> dict:
                 "lines": rollouts[n - 1],
                 "reward": row["rewards"][n - 1],
                 "A": A[n - 1],
-                "answer": answers.get(n),
-                "right": right.get(n, False if found and found["truth"] is not None else None),
+                "answer": by_number.get(n, nothing)["answer"],
+                "right": by_number.get(n, nothing)["right"],
                 "cut": cut[n - 1],
                 "tokens": row["tokens"][n - 1] if "tokens" in row else None,
             }
@@ -129,23 +138,30 @@ def question(row: dict, number: int, settings: dict) -> dict:
         ],
         "rubric": rubric,
         "physicians": row.get("physicians") if settings["reward"] != "physician" else None,
-        "silent": not any(A),
-        "short": max(len(line) for text in texts for line in text.split("\n")) <= 44,
+        "silent": silent,
+        "short": max(len(line) for text in texts for line in text.split("\n")) <= SHORT,
         "reward_kind": settings["reward"],
     }
 
 
+def shown_rewards(row: dict, silent: bool) -> str:
+    known = [reward for reward in row["rewards"] if reward is not None]
+    span = f"Rewards {number(min(known))} to {number(max(known))}" if known else "No rewards"
+    return f"{span}: teaches nothing" if silent else span
+
+
 def to_look_at(questions: Sequence[dict]) -> list[tuple[str, dict]]:
     """(title, question) of the two to read first: one where it worked and one where it did not."""
-    titles = {
-        "A right decision of the anchor": ("right", "left", "both right", "with"),
-        "A wrong decision of the anchor": ("wrong", "neither", "both wrong", "silent"),
-    }
-    pairs = [
-        (title, next((q for k in kinds for q in questions if q["vote"]["kind"] == k), None))
-        for title, kinds in titles.items()
-        if questions and questions[0]["vote"]
-    ]
+    kinds = (
+        ("right", "left", "both right", "with"),
+        ("wrong", "neither", "both wrong", "silent"),
+    )
+    titles = {"good": "A right decision", "bad": "A wrong decision", "": "A decision"}
+    taught = sorted(questions, key=lambda q: q["silent"])  # rather one that has an effect
+    pairs = []
+    for several in kinds if questions and questions[0]["vote"] else ():
+        first = next((q for k in several for q in taught if q["vote"]["kind"] == k), None)
+        pairs.append((titles[first["tag"][0]] if first else "", first))
     judged = [q for q in questions if q["rubric"]]
     apart = [q for q in judged if not q["silent"]]
     best = max(apart, key=lambda q: max(abs(o["A"]) for o in q["rollouts"]), default=None)
