@@ -124,9 +124,10 @@ def features(line: str) -> tuple[frozenset, frozenset]:
 
 
 def sources(lines: Sequence[str], others: Sequence[str]) -> list[str]:
-    """For each line whether `others` has it: "same", "alike", "new", or "" for an empty line.
+    """For each line whether `others` has it: "same", "alike", "new", or "" if it says nothing.
 
-    Alike: some other line has the same numbers, and at least LIKE of the words of both together.
+    Nothing is said without a letter or a digit. Alike: some other line has the same numbers, and at
+    least LIKE of the words of both together.
     """
     exact, by_numbers = {plain(line) for line in others}, {}
     for line in others:
@@ -134,7 +135,7 @@ def sources(lines: Sequence[str], others: Sequence[str]) -> list[str]:
         by_numbers.setdefault(numbers, []).append(words)
 
     def source(line: str) -> str:
-        if not plain(line):
+        if not any(map(str.isalnum, line)):
             return ""
         if plain(line) in exact:
             return "same"
@@ -169,7 +170,7 @@ def parting(row: dict, found: dict) -> str:
         if marks[first - 1] == "new":
             who = [n for n, mark in enumerate(marks, 1) if mark in ("same", "alike")]
             whose = f"which is also in {listed(who)}" if who else "which is in no rollout"
-            where = f"It first leaves the majority's rollout {first} at"
+            where = f"It first leaves rollout {first}, of the majority, at"
             return f"{where} “{shortened(line.strip())}”, {whose}."
     return ""
 
@@ -235,7 +236,7 @@ def compared(row: dict, rubric: Sequence[dict]) -> str:
     (most, best), (least, worst) = max(known), min(known)
     better = [c["text"] for c in rubric if c["cells"][best][0] and c["cells"][worst][0] is False]
     ends = f"Rollout {best + 1} ({most:.2f}) is ahead of rollout {worst + 1} ({least:.2f})"
-    why = ", ".join(f"“{shortened(criterion)}”" for criterion in better[:4])
+    why = ", ".join(f"“{shortened(criterion.rstrip('.'))}”" for criterion in better[:4])
     return f"{text} {ends}, which does not meet: {why}." if better else f"{text} {ends}."
 
 

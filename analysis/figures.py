@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.statistics import difference, interval, methods
 from plumbing.errors import InputError
@@ -42,12 +43,12 @@ STYLES = ("-", "--", ":")
 def panel(axis, title: str, metrics: dict[str, str], logs: dict[str, list[dict]]) -> bool:
     """One panel: thin lines are steps, thick ones a running mean of ten. Was anything measured?
 
-    `logs`: a run's name -> its metrics.jsonl. Of several runs each has a colour, and each metric a
-    style; of one run, each metric has a colour.
+    `logs`: a run's name -> its metrics.jsonl. Of one run each metric has a colour. Of several runs
+    each has a colour and each metric a style, and there are no thin lines.
     """
     axis.set_title(title, fontsize=10)
     axis.grid(alpha=0.3)
-    several, drawn = len(logs) > 1, False
+    several, drawn = len(logs) > 1, {}  # what the legend says -> how its line looks
     for (n, (run, rows)), (k, (name, label)) in product(
         enumerate(logs.items()), enumerate(metrics.items())
     ):
@@ -55,18 +56,23 @@ def panel(axis, title: str, metrics: dict[str, str], logs: dict[str, list[dict]]
         if not points:
             continue
         x, y = zip(*points, strict=True)
-        windows = [y[max(0, i - 9) : i + 1] for i in range(len(y))]
+        width = 10 if 2 * len(y) > len(rows) else 1  # validation comes too seldom for a mean
+        windows = [y[max(0, i + 1 - width) : i + 1] for i in range(len(y))]
         smooth = [sum(window) / len(window) for window in windows]
-        colour, style = (f"C{n % 10}", STYLES[k]) if several else (f"C{k}", "-")
-        axis.plot(x, y, alpha=0.3, color=colour, linewidth=1)
-        label = f"{run}: {label}" if several else label
-        axis.plot(x, smooth, style, linewidth=2, color=colour, label=label)
-        drawn = True
+        if several:
+            axis.plot(x, smooth, STYLES[k], linewidth=1.7, color=f"C{n % 10}")
+            drawn |= {run: (f"C{n % 10}", "-")}
+            drawn |= {label: ("grey", STYLES[k])} if len(metrics) > 1 else {}
+        else:
+            axis.plot(x, y, alpha=0.3, color=f"C{k}", linewidth=1)
+            axis.plot(x, smooth, linewidth=2, color=f"C{k}")
+            drawn |= {label: (f"C{k}", "-")}
     if title in SHARES:
         axis.set_ylim(-0.02, 1.02)
     if drawn:
-        axis.legend(fontsize=8)
-    return drawn
+        keys = [Line2D([], [], color=c, linestyle=s, label=k) for k, (c, s) in drawn.items()]
+        axis.legend(handles=keys, fontsize=8)
+    return bool(drawn)
 
 
 def curves(path: Path, rows: list[dict]) -> None:

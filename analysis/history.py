@@ -28,10 +28,12 @@ def whole_lines(path: Path):
 
 def parsed(line: bytes, path: Path) -> dict:
     try:
-        return json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+        row["step"]  # every line has one
+        return row
+    except (ValueError, TypeError, KeyError):
         shown = line[:60].decode(errors="replace").strip()
-        raise InputError(f"{path} has a line that is no JSON: {shown!r}; remove it") from None
+        raise InputError(f"{path} has a line that is no step's: {shown!r}; remove it") from None
 
 
 def where_steps_are(run: Path) -> dict[int, list[int]]:

@@ -117,6 +117,7 @@ def question(row: dict, number: int, settings: dict) -> dict:
         "reference": [
             {
                 "text": text,
+                "said": any(marks),
                 "marks": marks,
                 "owners": [n for n, mark in enumerate(marks, 1) if mark in ("same", "alike")],
             }
@@ -139,6 +140,7 @@ def question(row: dict, number: int, settings: dict) -> dict:
         "rubric": rubric,
         "physicians": row.get("physicians") if settings["reward"] != "physician" else None,
         "silent": silent,
+        "imitated": imitated,
         "short": max(len(line) for text in texts for line in text.split("\n")) <= SHORT,
         "reward_kind": settings["reward"],
     }

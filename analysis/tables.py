@@ -1,11 +1,11 @@
 """Scores as Markdown, and a step of a run as text."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from analysis import history
 from analysis.statistics import difference, interval, methods
 from plumbing.errors import InputError
 
@@ -101,15 +101,13 @@ def parts_of(results: dict) -> list[list[list[str]]]:
 
 def show(run: Path, step: int) -> str:
     """Every question of a step of a run: rollouts across, criteria down. Raises InputError."""
-    try:
-        lines = (run / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
-    except OSError:
-        raise InputError(f"{run} holds no rollouts.jsonl: give the folder of a run") from None
-    parsed = [json.loads(line) for line in lines if line.endswith("}")]
-    rows = [row for row in parsed if row["step"] == step]
-    if not rows:
-        where = "it is counted from 0, and metrics.jsonl lists them"
-        raise InputError(f"{run} has no step {step}: {where}")
+    where = history.where_steps_are(run)
+    if not where:
+        raise InputError(f"{run} holds no rollouts.jsonl: give the folder of a run")
+    if step not in where:
+        counted = "it is counted from 0, and metrics.jsonl lists them"
+        raise InputError(f"{run} has no step {step}: {counted}")
+    rows = history.rows_at(run, where[step])
     marks, parts = {True: "yes", False: "no", None: "?"}, []
     for row in rows:
         parts += ["=" * 100, *(f"{m['role']}: {m['content']}" for m in row["question"])]

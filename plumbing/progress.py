@@ -64,7 +64,8 @@ class Progress:
     """A run's state: what the next step needs, and what a resumed run takes up.
 
     `watch(questions, groups, references)` gives numbers that need labels, and the labels, for the
-    log alone (evaluate.py owns it); `validate()` scores the policy. Raises InputError, JudgeError and FloatingPointError.
+    log alone (evaluate.py owns it); `validate()` scores the policy. Raises InputError, JudgeError
+    and FloatingPointError.
     """
 
     def __init__(self, cfg, out: Path, policy, optimizer, watch: Callable):
