@@ -267,4 +267,4 @@ def save(path: Path, infos: list[dict], **more) -> str:
         os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror})") from None
-    return f"{path} ({len(html.encode(errors='replace')) / 1e6:.1f} MB): open it in a browser"
+    return f"{path} ({path.stat().st_size / 1000:,.0f} kB): open it in a browser"
