@@ -69,7 +69,7 @@ def about(run: Path) -> dict:
         "unusual": history.unusual(settings),
         "config": config,
         "steps": len(rows),
-        "minutes": results["minutes"] if results else sum(r["step_time"] for r in rows) / 60,
+        "minutes": results["minutes"] if results else sum(r.get("step_time", 0) for r in rows) / 60,
         "results": results,
         "tables": tables.cells_of([results]) if results else [],
         "parts": tables.parts_of(results) if results else [],
