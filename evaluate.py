@@ -4,6 +4,7 @@ python evaluate.py --task math500 --model M     every aggregator on the same rol
 python evaluate.py --adapter RUN                the same, and the policy that a run has trained
 python evaluate.py table RUN...                 what these runs have measured, in one table
 python evaluate.py show RUN STEP                what was asked, answered and judged in a step
+python evaluate.py report RUN...                report.html: curves, decisions, rollouts, verdicts
 
 Training uses two things from here: `watcher` for the true accuracy in the log, and `validator`,
 which chooses the best step where --validate-every asks for it. Neither reaches a reward.
@@ -20,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from analysis import figures, report, tables
+from analysis import commands, report
 from analysis.mechanism import added, coverage
-from analysis.statistics import saved_results, style
+from analysis.statistics import style
 from plumbing import checks, flags, folder
 from plumbing.answers import boxed_answer, equal
 from plumbing.draws import seed_of
@@ -34,7 +35,7 @@ from rewards import MAX_UNKNOWN, physician_scores
 from synthesize import AGGREGATORS, Anchor, majority, texts
 from tasks import Question, load_questions
 
-curves = figures.curves
+pictures = report.pictures  # what train.run leaves of its steps
 
 
 def correct(questions: Sequence[Question], answers: Sequence[Sequence[str]]) -> torch.Tensor:
@@ -61,21 +62,25 @@ def mechanism(questions, groups, references, others) -> dict:
 
 
 def watcher(labelled: Sequence[Question]) -> Callable:
-    """What puts the true accuracy into the log. It has the labels; the loop's questions do not."""
+    """What puts true accuracy and labels into the log. It has them; the loop's questions do not.
+
+    It returns the step's numbers, and the label of each of its questions.
+    """
     labels = {json.dumps(q.messages): q for q in labelled}
 
-    def watch(questions, groups, references) -> dict:
+    def watch(questions, groups, references) -> tuple[dict, list[dict]]:
         questions = [labels[json.dumps(q.messages)] for q in questions]
         found = mechanism(questions, groups, references, majority(questions, groups))
         agree = 1 - found["differs"] / found["voted"] if found["voted"] else None
         right = correct(questions, [texts(group) for group in groups])  # (Q, G)
         right_s = correct(questions, [[s.text] for s in references])  # (Q, 1)
-        return {
+        numbers = {
             "accuracy/rollouts": float(right.nanmean()),
             "accuracy/reference": float(right_s.nanmean()),
             "reference/majority_agreement": agree,
             **{f"mechanism/{name}": value for name, value in found.items()},
         }
+        return numbers, [{"answer": q.answer, "physicians": q.rubric} for q in questions]
 
     return watch
 
@@ -214,29 +219,14 @@ def more_flags(parser) -> None:
     parser.add_argument("--adapter", type=Path, help="folder of a run: its policy and settings")
     parser.add_argument("--aggregators", nargs="+", choices=list(AGGREGATORS), help="which of them")
     parser.add_argument("--sizes", nargs="+", type=int, help="rollouts an aggregator gets")
-    commands = parser.add_subparsers(dest="command", metavar="{table,show}")
-    command = commands.add_parser("table", help="what runs have measured, in one table")
-    command.add_argument("runs", type=Path, nargs="+", help="their folders")
-    command.add_argument("--against", help="the row that differences are taken to")
-    command.add_argument("--plot", type=Path, help="PNG to draw them in")
-    command = commands.add_parser("show", help="a step of a run: everything that was said in it")
-    command.add_argument("run", type=Path, help="the run's folder")
-    command.add_argument("step", type=int, help="the step, from 0")
+    commands.add(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         given = flags.parse(argv, __doc__.split("\n")[0], EVALUATION, more_flags)
         command = given.pop("command", None)
-        if command == "table":
-            measured = [saved_results(run) for run in given["runs"]]
-            print(tables.table(measured, given["against"]))
-            if given["plot"]:
-                figures.comparison(given["plot"], measured)
-        elif command == "show":
-            print(tables.show(given["run"], given["step"]))
-        else:
-            evaluate(given)
+        (commands.COMMANDS[command] if command else evaluate)(given)
 
     return exit_status("evaluate.py", work, lambda: "")
 

@@ -138,7 +138,7 @@ def run(given: dict, method: Method) -> None:
             progress.keep(step, batch, made)
     finally:  # also after Ctrl-C
         if progress.end():
-            evaluate.curves(out)
+            evaluate.pictures(out)
 
     print(f"comparing on {len(labelled['test'])} questions ...", flush=True)
     progress.best()  # the adapter with the best validation score, or the last one

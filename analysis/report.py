@@ -1,4 +1,4 @@
-"""What an evaluation leaves: results.json, table.md and comparison.png, and the table on screen."""
+"""What a run or an evaluation leaves to be looked at, and the table on screen."""
 
 import resource
 import time
@@ -6,13 +6,22 @@ from pathlib import Path
 
 import torch
 
-from analysis import figures
+from analysis import figures, history, page
 from analysis.tables import explain, table
 from plumbing import folder, ranks
 
 
+def pictures(out: Path) -> None:
+    """curves.png and report.html of a run whose steps have ended."""
+    figures.curves(out / "curves.png", history.metrics(out))
+    page.write(out)
+
+
 def save_comparison(out: Path, settings: dict, results: dict, started: float) -> None:
-    """Writes results.json, table.md and comparison.png, and prints the table. Rank 0 does."""
+    """Writes results.json, table.md, comparison.png and report.html, and prints the table.
+
+    Rank 0 does.
+    """
     if ranks.RANK:
         return
     if torch.cuda.is_available():
@@ -26,5 +35,6 @@ def save_comparison(out: Path, settings: dict, results: dict, started: float) ->
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
     if any(score is not None for row in results["rows"] for score in row["values"]):  # labels
         figures.comparison(out / "comparison.png", measured)
+    page.write(out)
     cost = f"{minutes:.1f} minutes, peak memory {peak:.2f} GiB"
-    print(f"\n{text}\n\n{cost}; {out}/ holds it all")
+    print(f"\n{text}\n\n{cost}; {out}/ holds it all: open report.html in a browser")

@@ -1,11 +1,11 @@
 """Scores as Markdown, and a step of a run as text."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from analysis import history
 from analysis.statistics import difference, interval, methods
 from plumbing.errors import InputError
 
@@ -15,12 +15,24 @@ def markdown(table: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows]]
 
 
+NOTE = (
+    "± standard error, interval and p (two-sided): bootstrap over runs and questions, paired for "
+    "differences; generations and tokens per answer, of the first run"
+)
+
+
 def table(measured: Sequence[dict], against: str | None = None) -> str:
     """Results as Markdown, a table for each set of questions. Raises InputError.
 
     `against`: the row that differences are taken to; default: the first.
     """
-    lines = []
+    tables = cells_of(measured, against)
+    return "\n".join([*(line for cells in tables for line in (*markdown(cells), "")), NOTE])
+
+
+def cells_of(measured: Sequence[dict], against: str | None = None) -> list[list[list[str]]]:
+    """The tables of `table`, each as rows of cells with the head first. Raises InputError."""
+    tables = []
     for digest in dict.fromkeys(results["digest"] for results in measured):
         group = [results for results in measured if results["digest"] == digest]
         found, judged, total = methods(group), group[0]["judged"], group[0]["questions"]
@@ -35,10 +47,8 @@ def table(measured: Sequence[dict], against: str | None = None) -> str:
             d = difference(m, found[rival]) if name != rival else None
             row = [*scores_of(m, judged, total), *difference_of(d)]
             cells.append([name, *row, f"{m['generations']}", f"{m['tokens']:.0f}"])
-        lines += [*markdown(cells), ""]
-    note = "± standard error, interval and p (two-sided): bootstrap over runs and questions"
-    note += ", paired for differences; generations and tokens per answer, of the first run"
-    return "\n".join([*lines, note])
+        tables.append(cells)
+    return tables
 
 
 def scores_of(m: dict, judged: bool, total: int) -> list[str]:
@@ -73,28 +83,31 @@ PARTS = {
 
 def explain(results: dict) -> str:
     """Counts of questions, pass@k and how texts are written, as small tables."""
-    lines = []
+    return "\n".join(line for cells in parts_of(results) for line in (*markdown(cells), ""))
+
+
+def parts_of(results: dict) -> list[list[list[str]]]:
+    """The tables of `explain`, each as rows of cells with the head first."""
+    tables = []
     for corner, part in PARTS.items():
         if rows := results.get(part):
             cells = [[corner, *next(iter(rows.values()))]]
             for name, numbers in rows.items():
                 shown = [f"{v:.3f}" if isinstance(v, float) else f"{v}" for v in numbers.values()]
                 cells.append([name, *shown])
-            lines += [*markdown(cells), ""]
-    return "\n".join(lines)
+            tables.append(cells)
+    return tables
 
 
 def show(run: Path, step: int) -> str:
     """Every question of a step of a run: rollouts across, criteria down. Raises InputError."""
-    try:
-        lines = (run / "rollouts.jsonl").read_text(encoding="utf-8").split("\n")
-    except OSError:
-        raise InputError(f"{run} holds no rollouts.jsonl: give the folder of a run") from None
-    parsed = [json.loads(line) for line in lines if line.endswith("}")]
-    rows = [row for row in parsed if row["step"] == step]
-    if not rows:
-        where = "it is counted from 0, and metrics.jsonl lists them"
-        raise InputError(f"{run} has no step {step}: {where}")
+    where = history.where_steps_are(run)
+    if not where:
+        raise InputError(f"{run} holds no rollouts.jsonl: give the folder of a run")
+    if step not in where:
+        counted = "it is counted from 0, and metrics.jsonl lists them"
+        raise InputError(f"{run} has no step {step}: {counted}")
+    rows = history.rows_at(run, where[step])
     marks, parts = {True: "yes", False: "no", None: "?"}, []
     for row in rows:
         parts += ["=" * 100, *(f"{m['role']}: {m['content']}" for m in row["question"])]

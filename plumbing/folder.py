@@ -4,12 +4,13 @@ In the folder of a run:
     config.json      every setting, the git commit, the device, the versions
     metrics.jsonl    one line a step
     rollouts.jsonl   one line a question and step: q, o_1..o_G, s, R; with a judge the rubric,
-                     verdicts and raw texts
+                     verdicts and raw texts; the label, where there is one
     split.json       which questions were held out, where the task names them
     judge.jsonl      every answer of a judge behind a server, so that none is paid for twice
     checkpoint/      state.pt: the newest completed step; best.pt: the best validation score
     adapter/         the LoRA, for peft.PeftModel.from_pretrained
     results.json     the final comparison, question by question;  table.md: the same to read
+    report.html      all of this to look at
     curves.png       the run step by step;  comparison.png: accuracy against generations
 """
 

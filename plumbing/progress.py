@@ -63,8 +63,9 @@ class Stopwatch:
 class Progress:
     """A run's state: what the next step needs, and what a resumed run takes up.
 
-    `watch(questions, groups, references)` gives numbers that need labels (evaluate.py owns it);
-    `validate()` scores the policy. Raises InputError, JudgeError and FloatingPointError.
+    `watch(questions, groups, references)` gives numbers that need labels, and the labels, for the
+    log alone (evaluate.py owns it); `validate()` scores the policy. Raises InputError, JudgeError
+    and FloatingPointError.
     """
 
     def __init__(self, cfg, out: Path, policy, optimizer, watch: Callable):
@@ -118,8 +119,8 @@ class Progress:
     def keep(self, step: int, questions: list, made) -> None:
         """Measure, log and save what a step `made` (train.Step), warn, and end what is broken."""
         times = self.clock.stop()  # before the log's own work
-        numbers = measures(made) | self.watch(questions, made.groups, made.references)
-        numbers |= made.numbers | times
+        seen, labels = self.watch(questions, made.groups, made.references)
+        numbers = measures(made) | seen | made.numbers | times
         state = self.state
         state["step"] = step + 1
         state["num_tokens"] += sum(len(o.ids) for group in made.groups for o in group)
@@ -139,7 +140,7 @@ class Progress:
         ):
             state[f"{name}_in_a_row"] = state[f"{name}_in_a_row"] + 1 if bad else 0
         if ranks.RANK == 0:
-            folder.append(self.out / "rollouts.jsonl", rows_of(step, questions, made))
+            folder.append(self.out / "rollouts.jsonl", rows_of(step, questions, made, labels))
             folder.append(self.out / "metrics.jsonl", [{"step": step, **numbers}])
             folder.save_checkpoint(self.out, state, self.policy, self.optimizer, better)
         self.say(step, numbers, unknown)
@@ -208,7 +209,7 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
-def rows_of(step: int, questions: list, made) -> list[dict]:
+def rows_of(step: int, questions: list, made, labels: list[dict]) -> list[dict]:
     """What a reading group wants to read of a step; with a judge, every verdict."""
     rows = []
     for i, (q, group, s) in enumerate(zip(questions, made.groups, made.references, strict=True)):
@@ -216,6 +217,9 @@ def rows_of(step: int, questions: list, made) -> list[dict]:
         row |= {
             "reference": s.text,
             "rewards": [folder.finite_or_none(r) for r in made.R[i].tolist()],
+            "tokens": [len(o.ids) for o in group],
+            "cut_off": [o.finish_reason == "length" for o in (*group, s)],
+            **{name: label for name, label in labels[i].items() if label is not None},
         }
         rows.append(row | (made.rewards.details[i] if made.rewards.details else {}))
     return rows

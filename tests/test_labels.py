@@ -100,6 +100,7 @@ def test_the_loops_questions_have_no_answer_and_the_log_has_the_true_accuracy(se
     for step, numbers in enumerate(lines(out / "metrics.jsonl")):
         rows = [row for row in lines(out / "rollouts.jsonl") if row["step"] == step]
         truths = [labels[str(row["question"])] for row in rows]
+        assert [row["answer"] for row in rows] == truths  # for whoever reads the log
         right = [
             f"\\boxed{{{truth}}}" in text
             for row, truth in zip(rows, truths, strict=True)
@@ -145,7 +146,8 @@ def test_the_watcher_reads_its_own_labels_and_none_of_the_loop():
     groups = [group(first.answer, first.answer, "1"), group("1", None, "2")]
     references = [Reference(f"\\boxed{{{first.answer}}}"), Reference("\\boxed{3}")]
     watch = evaluate.watcher(labelled)
-    numbers = watch(without_labels([first, second]), groups, references)
+    numbers, labels = watch(without_labels([first, second]), groups, references)
+    assert [label["answer"] for label in labels] == [first.answer, second.answer]
     assert numbers["accuracy/rollouts"] == pytest.approx(2 / 6)
     assert numbers["accuracy/reference"] == 1 / 2
     assert numbers["reference/majority_agreement"] == 1 / 2
@@ -153,12 +155,13 @@ def test_the_watcher_reads_its_own_labels_and_none_of_the_loop():
     # Whatever the loop's questions say is right, the numbers are the same.
     liars = [replace(first, answer="1"), replace(second, answer="3")]
     for given in ([first, second], liars, without_labels(liars, oracle=True)):
-        assert watch(given, groups, references) == numbers
+        assert watch(given, groups, references) == (numbers, labels)
 
 
 def test_a_watcher_without_labels_knows_no_accuracy():
     watch = evaluate.watcher(without_labels(SUMS[:1]))
-    numbers = watch(SUMS[:1], [group(SUMS[0].answer, "1")], [Reference("\\boxed{1}")])
+    numbers, labels = watch(SUMS[:1], [group(SUMS[0].answer, "1")], [Reference("\\boxed{1}")])
+    assert labels == [{"answer": None, "physicians": None}]
     assert math.isnan(numbers["accuracy/rollouts"])
     assert math.isnan(numbers["accuracy/reference"])
     assert numbers["mechanism/new"] == 0  # which no label is needed for
