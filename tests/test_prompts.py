@@ -12,7 +12,10 @@ from judge_server import Judge
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import prompts
 from asking import Saved
-from candidates import JUDGE, SYNTHESIS, judge_chat
+from candidates import FREEFORM, JUDGE, REFERENCE, RUBRIC, SYNTHESIS, judge_chat
+
+from rubrics import JUDGE_PROMPT, RUBRIC_PROMPT
+from synthesize import FREEFORM_PROMPT, SYNTHESIS_PROMPT
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,3 +112,10 @@ def test_the_parts_of_a_prompt_are_where_its_place_says():
         assert ("the question" in everything) == (name == "question")
         place = everything.index(candidate.instruction)
         assert (place == 0) == (candidate.place in ("first", "system"))
+
+
+def test_the_prompts_that_the_project_uses_are_among_those_compared():
+    assert SYNTHESIS_PROMPT in {candidate.instruction for candidate in SYNTHESIS.values()}
+    assert FREEFORM_PROMPT in {candidate.instruction for candidate in FREEFORM.values()}
+    assert RUBRIC_PROMPT.format("reference", REFERENCE) in {text for text, _ in RUBRIC.values()}
+    assert JUDGE_PROMPT in {text for text, _ in JUDGE.values()}
