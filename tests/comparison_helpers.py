@@ -24,7 +24,8 @@ class Recorder:
 
 def settings_of(**given):
     small = {"eval_questions": 6, "max_new_tokens": 48, "group_size": 4}
-    return settle({"engine": "transformers", **small, **given})[1]
+    named = {"judge_model": given.pop("judge_model", None)}  # not settled: no server is there
+    return settle({"engine": "transformers", **small, **given})[1] | named
 
 
 def compared(

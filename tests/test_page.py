@@ -191,8 +191,9 @@ def test_a_cell_opens_the_judges_words(browser, judged):
         assert part in text
     opened.page.click("text=Close")
     assert not opened.page.is_visible("dialog")
+    assert opened.page.is_visible("text=Warns of harm")  # what a question is unfolded with
     opened.page.click("text=What physicians ask for")
-    assert opened.page.is_visible("text=Warns of harm")
+    assert not opened.page.is_visible("text=Warns of harm")
 
 
 def test_hostile_text_is_text(browser, tmp_path):
