@@ -221,8 +221,8 @@ def test_questions_without_labels_cannot_validate(tmp_path, capsys):
     assert "reads labels" in capsys.readouterr().err
 
 
-def test_too_few_questions_to_validate_on_are_refused(tmp_path, capsys):
+def test_too_few_questions_to_validate_on_are_refused(judge, tmp_path, capsys):
     few = health_rows(tmp_path / "few.jsonl", 6)
-    where = ["--data", str(few), "--out", str(tmp_path / "run")]
+    where = ["--data", str(few), "--out", str(tmp_path / "run"), "--judge-url", judge().url]
     assert train.main([*SMALL, "--validate-every", "1", *where]) == 2
     assert "--validate-every 0" in capsys.readouterr().err

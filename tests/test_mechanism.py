@@ -113,7 +113,7 @@ def watched(cases, labels):
     order = [*range(len(cases))][::-1]  # a step takes the questions in another order
     batch = without_labels(labelled)
     given = ([each[i] for i in order] for each in (batch, groups, references))
-    return watcher(labelled)(*given)
+    return watcher(labelled)(*given)[0]
 
 
 def test_the_watcher_knows_the_labels_that_the_loops_questions_have_lost():
